@@ -1,0 +1,1 @@
+"""gemmaqat: quantization-aware training of Gemma 4 in JAX, against its fair control."""

@@ -1,0 +1,1 @@
+"""Gemma 4 text decoders in Flax NNX; knows nothing of quantization but hook points."""
