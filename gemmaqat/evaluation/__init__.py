@@ -1,0 +1,1 @@
+"""Judging models: token metrics, hold-out and task scores, paired statistics, reports."""
