@@ -150,9 +150,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     """Shrinks any experiment to seconds on a CPU, with the same recipe, rules and method."""
     config = ConfigDict(config)
     mini = lambda name: name if name.endswith("_mini") else f"{name}_mini"  # noqa: E731
-    config.model.update(
-        name=mini(config.model.name), checkpoint="", dtype="float32", remat="none"
-    )
+    config.model.update(name=mini(config.model.name), checkpoint="", dtype="float32", remat="none")
     config.data = ConfigDict(dataclasses.asdict(DataConfig(sequence_length=64, batch_size=4)))
     config.train.update(
         num_steps=2, start_step=min(config.train.start_step, 1), accumulation_steps=1, log_every=1,

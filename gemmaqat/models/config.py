@@ -66,7 +66,9 @@ class ModelConfig:
             owned = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
             for kind in set(self.layer_types[len(owned) :]):
                 if kind not in owned:
-                    raise ValueError(f"{where}: shared {kind} layers have no earlier layer to read.")
+                    raise ValueError(
+                        f"{where}: shared {kind} layers have no earlier layer to read."
+                    )
         if self.num_experts and not 0 < self.num_experts_per_token <= self.num_experts:
             raise ValueError(
                 f"{where}: num_experts_per_token={self.num_experts_per_token} must lie in "
