@@ -1,0 +1,323 @@
+"""Hugging Face folders: safetensors tensors, one at a time, into a Gemma 4 model.
+
+Parameters ask for their tensors, not the other way round: a parameter's path is its Hugging Face
+name with slashes, so the file's key follows from it, and whatever no parameter asked for is either
+known (towers, unused keys of shared layers, a tied head) and counted, or an error.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from gemmaqat.interop.safetensors_file import SafetensorsFolder, Tensor
+from gemmaqat.models.config import ModelConfig
+from gemmaqat.models.sharding import default_sharding, parameter_sharding
+from gemmaqat.models.sizes import SIZES, model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.planning.devices import format_bytes, free_bytes
+from gemmaqat.planning.parameters import abstract_model, abstract_parameters, count_parameters
+
+# Longest first: the text prefix of released files, of older re-saves, of text-only saves, none.
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+_TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
+_TOWER_PREFIXES = tuple(f"{outer}{tower}." for outer in ("model.", "") for tower in _TOWERS)
+_UNUSED_SHARED = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
+_FLOATS = ("F32", "BF16", "F16")
+_STRIP = 64  # source rows transposed at a time: a strip stays in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of a folder's tensors: `loaded` + the counts in `skipped` = all of them."""
+
+    folder: Path
+    loaded: int  # tensors that became parameters
+    skipped: dict[str, int]  # reason -> tensors: "vision_tower", "unused keys of shared layers", ...
+    parameters: int  # elements of the model
+    bytes: int  # of the parameters in memory, all devices together
+
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        return (
+            f"{self.folder}: loaded {self.loaded} tensors, {self.parameters:,} parameters, "
+            f"{format_bytes(self.bytes)}; skipped {skipped or 'none'}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and the account of how it was read."""
+
+    model: Gemma4
+    report: LoadReport
+
+
+def load_pretrained(folder: str | Path, **options: Any) -> Gemma4:
+    """The Gemma 4 model of a Hugging Face folder; see `read_pretrained` for the options."""
+    return read_pretrained(folder, **options).model
+
+
+def read_pretrained(
+    folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: str = "none",
+    mesh: jax.sharding.Mesh | None = None,
+    check_memory: bool = True,
+) -> Loaded:
+    """Reads a Hugging Face folder tensor by tensor into a model.
+
+    Each tensor goes from the memory-mapped file into an array of the target dtype and sharding
+    before the next one is touched, so the peak is one model and one tensor.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`, or shards with their index.
+        dtype: of the computation.
+        param_dtype: of the parameters; None = `dtype`.
+        remat: per block, as in `ModelConfig`.
+        mesh: parameters are laid out on it as their declarations say; None = the default device.
+        check_memory: refuse before allocating when the parameters cannot fit.
+
+    Raises:
+        FileNotFoundError: the folder, its configuration or a weight file is missing.
+        ValueError: another model family, a damaged file, a missing or unknown tensor, a wrong
+            shape or dtype.
+        MemoryError: the parameters do not fit; the message says what would.
+    """
+    folder = Path(folder)
+    config = dataclasses.replace(
+        read_config(folder),
+        dtype=jnp.dtype(dtype).name,
+        param_dtype=jnp.dtype(param_dtype or dtype).name,
+        remat=remat,
+    )
+    tensors = SafetensorsFolder(folder)
+    prefix = _text_prefix(tensors, folder)
+    wanted = abstract_parameters(config)
+    keys = {path: prefix + tensor_name(path) for path in wanted}
+    for path, leaf in wanted.items():
+        _check_tensor(tensors, keys[path], _stored_shape(path, leaf.shape), folder)
+    skipped = _account_for_rest(tensors, set(keys.values()), prefix, config, folder)
+    if check_memory:
+        _check_memory(config, folder, mesh)
+
+    graphdef, state = nnx.split(abstract_model(config))
+    flat = {}
+    for path, variable in nnx.to_flat_state(state):
+        name = "/".join(map(str, path))
+        sharding = parameter_sharding(variable, mesh) if mesh else default_sharding()
+        flat[path] = variable.replace(_read(tensors, keys[name], name, variable, sharding))
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    size = sum(value.size * value.dtype.itemsize for value in jax.tree.leaves(flat))
+    report = LoadReport(folder, len(keys), skipped, count_parameters(config), size)
+    logging.info("%s", report)
+    return Loaded(model, report)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The model configuration of a Hugging Face folder, named after the folder.
+
+    Raises:
+        FileNotFoundError: there is no folder or no `config.json` in it.
+        ValueError: the file is unreadable or of another model family.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; give the folder of a downloaded checkpoint "
+            "(config.json and *.safetensors)."
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: missing; a Hugging Face checkpoint has one beside its safetensors files."
+        )
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds no JSON object; fetch it again.")
+    return ModelConfig.from_hf(fields, name=folder.resolve().name, where=str(path))
+
+
+def tensor_name(path: str) -> str:
+    """Hugging Face's key, without its prefix, of one of our parameters.
+
+    `layers/3/mlp/up_proj/weight` -> `layers.3.mlp.up_proj.weight`; the stacked experts carry no
+    `.weight` there.
+    """
+    name = path.replace("/", ".")
+    return name.removesuffix(".weight") if ".experts." in name else name
+
+
+def is_transposed(path: str, rank: int) -> bool:
+    """Whether the stored tensor is ours with its last two axes swapped ([out, in] -> [in, out])."""
+    return rank >= 2 and not path.startswith("embed_tokens")
+
+
+def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if is_transposed(path, len(shape)):
+        return (*shape[:-2], shape[-1], shape[-2])
+    return tuple(shape)
+
+
+def _text_prefix(tensors: SafetensorsFolder, folder: Path) -> str:
+    for prefix in _TEXT_PREFIXES:
+        if f"{prefix}embed_tokens.weight" in tensors:
+            return prefix
+    names = ", ".join(list(tensors)[:3])
+    raise ValueError(
+        f"{folder}: no tensor 'model.language_model.embed_tokens.weight' (found {names}, ...); "
+        "these are not the weights of a Gemma 4 text decoder."
+    )
+
+
+def _check_tensor(
+    tensors: SafetensorsFolder, key: str, shape: tuple[int, ...], folder: Path
+) -> None:
+    if key not in tensors:
+        raise ValueError(
+            f"{folder}: tensor {key!r} of shape {list(shape)} is missing; config.json and weights "
+            "do not belong together, or a shard was left out."
+        )
+    entry: Tensor = tensors.entry(key)
+    if entry.shape != shape:
+        raise ValueError(
+            f"{tensors.path(key)}: tensor {key!r} has shape {list(entry.shape)}, config.json asks "
+            f"for {list(shape)}; they do not belong together."
+        )
+    if entry.dtype not in _FLOATS:
+        raise ValueError(
+            f"{tensors.path(key)}: tensor {key!r} has dtype {entry.dtype}, expected one of "
+            f"{', '.join(_FLOATS)}; load the unquantized checkpoint."
+        )
+
+
+def _account_for_rest(
+    tensors: SafetensorsFolder, used: set[str], prefix: str, config: ModelConfig, folder: Path
+) -> dict[str, int]:
+    """Counts the tensors that no parameter asked for, by reason; an unknown one is an error."""
+    skipped: collections.Counter[str] = collections.Counter()
+    for key in tensors:
+        if key in used:
+            continue
+        tower = next((p for p in _TOWER_PREFIXES if key.startswith(p)), None)
+        if tower is not None:
+            skipped[tower.split(".")[-2]] += 1
+        elif key.endswith("lm_head.weight"):
+            _check_tied(tensors, key, f"{prefix}embed_tokens.weight")
+            skipped["tied lm_head"] += 1
+        elif _is_unused_shared(key.removeprefix(prefix), config):
+            skipped["unused keys and values of shared layers"] += 1
+        else:
+            raise ValueError(
+                f"{tensors.path(key)}: tensor {key!r} is no part of the Gemma 4 that "
+                f"{folder / 'config.json'} describes; they do not belong together."
+            )
+    return dict(skipped)
+
+
+def _is_unused_shared(name: str, config: ModelConfig) -> bool:
+    parts = name.split(".", maxsplit=3)
+    return (
+        len(parts) == 4
+        and parts[0] == "layers"
+        and parts[2] == "self_attn"
+        and parts[3] in _UNUSED_SHARED
+        and int(parts[1]) in range(config.first_shared_layer, config.num_layers)
+    )
+
+
+def _check_tied(tensors: SafetensorsFolder, head: str, table: str) -> None:
+    """A stored head must equal the embedding table, in the file's own bytes."""
+    left, right = tensors.files[head].array(head), tensors.files[table].array(table)
+    same = left.shape == right.shape and left.dtype == right.dtype
+    if not same or any(
+        not np.array_equal(left[i : i + 4096], right[i : i + 4096])
+        for i in range(0, left.shape[0], 4096)
+    ):
+        raise ValueError(
+            f"{tensors.path(head)}: {head!r} differs from {table!r}; Gemma 4 ties its head to the "
+            "embedding table, a separate head is not supported."
+        )
+    tensors.files[head].forget(head)
+
+
+def _read(
+    tensors: SafetensorsFolder, key: str, path: str, leaf: Any, sharding: Any
+) -> jax.Array:
+    """One tensor as a device array; every device's shard is cut from the map by itself."""
+    file = tensors.files[key]
+    stored = file.array(key)
+    transpose = is_transposed(path, stored.ndim)
+    view = np.swapaxes(stored, -1, -2) if transpose else stored
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return _copy(view[index], np.dtype(leaf.dtype), transposed=transpose)
+
+    array = jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
+    file.forget(key)
+    return array
+
+
+def _copy(view: np.ndarray, dtype: np.dtype, *, transposed: bool) -> np.ndarray:
+    """A contiguous copy in `dtype`, aligned so that CPU devices adopt it without another copy."""
+    size = math.prod(view.shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    out = buffer[start : start + size].view(dtype).reshape(view.shape)
+    if not transposed:
+        out[...] = view
+        return out
+    for i in range(0, view.shape[-1], _STRIP):
+        out[..., i : i + _STRIP] = view[..., i : i + _STRIP]
+    return out
+
+
+def _check_memory(config: ModelConfig, folder: Path, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuses before allocating, and names a dtype or size that would fit."""
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    free = free_bytes(devices[0])
+    if free is None:
+        return
+    # CPU devices share the host's memory; accelerators each hold (at best) an equal part.
+    parts = 1 if devices[0].platform == "cpu" else len(devices)
+    needed = model_bytes(config) // parts
+    if needed <= free:
+        return
+    raise MemoryError(
+        f"{folder}: needs {format_bytes(needed)} per device for {count_parameters(config):,} "
+        f"parameters in {config.param_dtype}, {format_bytes(free)} are free; "
+        f"{_what_fits(config, free * parts)}"
+    )
+
+
+def model_bytes(config: ModelConfig) -> int:
+    """Bytes of the parameters in `param_dtype`."""
+    return count_parameters(config) * jnp.dtype(config.param_dtype).itemsize
+
+
+def _what_fits(config: ModelConfig, free: int) -> str:
+    half = dataclasses.replace(config, param_dtype="bfloat16")
+    if config.param_dtype == "float32" and model_bytes(half) <= free:
+        return f"param_dtype=bfloat16 fits ({format_bytes(model_bytes(half))})."
+    sizes = [
+        (model_bytes(model_config(name, param_dtype="bfloat16")), name)
+        for name in SIZES
+        if not name.endswith("_mini")
+    ]
+    fitting = [f"{name} ({format_bytes(size)})" for size, name in sorted(sizes) if size <= free]
+    if fitting:
+        return f"in bfloat16 these sizes fit: {', '.join(fitting)}."
+    return "no Gemma 4 size fits in bfloat16; use a larger machine or a mesh of several devices."

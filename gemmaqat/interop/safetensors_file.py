@@ -1,0 +1,182 @@
+"""Memory-mapped safetensors files: the header is checked at once, tensors are views of the map.
+
+The format is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, offsets)
+and the data. Reading it here rather than through the package gives views instead of copies, errors
+that name the file and the tensor, and a way to drop pages that have been read.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+
+
+class Tensor(NamedTuple):
+    """One header entry. `start` and `stop` are byte offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """One mapped file. Arrays stay valid while they are referenced; nothing is copied.
+
+    Raises:
+        ValueError: the file is truncated or its header is not one of safetensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            self.tensors = _read_header(path, file.read(8), file.read, size)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor, in the stored dtype and shape."""
+        entry = self.tensors[name]
+        dtype = _DTYPES[entry.dtype]
+        flat = np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.start)
+        return flat.reshape(entry.shape)
+
+    def forget(self, name: str) -> None:
+        """Lets the system drop the pages of a tensor that has been read (they can be read again)."""
+        if not hasattr(self._map, "madvise"):  # Windows
+            return
+        entry = self.tensors[name]
+        first = entry.start - entry.start % mmap.PAGESIZE
+        if entry.stop > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, entry.stop - first)
+
+
+class SafetensorsFolder:
+    """All tensors of a folder, from one file or from the shards that an index file lists.
+
+    Raises:
+        FileNotFoundError: no safetensors file, or a shard of the index is missing.
+        ValueError: a file is damaged, or the index disagrees with its shards.
+    """
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, SafetensorsFile] = {}  # tensor name -> its file
+        index = folder / _INDEX_NAME
+        if index.exists():
+            self._open_shards(index)
+        else:
+            file = SafetensorsFile(_single_file(folder))
+            self.files = dict.fromkeys(file.tensors, file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def entry(self, name: str) -> Tensor:
+        """Header entry of a tensor."""
+        return self.files[name].tensors[name]
+
+    def path(self, name: str) -> Path:
+        """File that holds a tensor."""
+        return self.files[name].path
+
+    def _open_shards(self, index: Path) -> None:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{index}: not a safetensors index (no readable 'weight_map'); fetch it again."
+            ) from None
+        shards = {}
+        for shard in sorted(set(weight_map.values())):
+            path = index.parent / shard
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path}: shard listed in {index.name} is missing; fetch the whole folder."
+                )
+            shards[shard] = SafetensorsFile(path)
+        for name, shard in weight_map.items():
+            if name not in shards[shard].tensors:
+                raise ValueError(
+                    f"{index}: tensor {name!r} is not in {shard}; index and shards are of different "
+                    "downloads, fetch the folder again."
+                )
+            self.files[name] = shards[shard]
+
+
+def _single_file(folder: Path) -> Path:
+    if (folder / _SINGLE_NAME).exists():
+        return folder / _SINGLE_NAME
+    found = sorted(path.name for path in folder.iterdir())
+    others = [name for name in found if name.endswith(".safetensors")]
+    if len(others) == 1:
+        return folder / others[0]
+    listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
+    raise FileNotFoundError(
+        f"{folder}: neither {_SINGLE_NAME} nor {_INDEX_NAME} is there (found {listing}); "
+        "download the safetensors weights of the model into this folder."
+    )
+
+
+def _read_header(path: Path, prefix: bytes, read, size: int) -> dict[str, Tensor]:
+    """Parses and checks a header: every tensor must lie inside the file and fill its shape."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or 8 + length > size:
+        raise ValueError(
+            f"{path}: truncated or not a safetensors file ({size} bytes, header needs "
+            f"{8 + length}); fetch it again."
+        )
+    try:
+        header = json.loads(read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _entry(item, 8 + length) for name, item in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path}: not a safetensors file (its header is unreadable); fetch it again."
+        ) from None
+    for name, entry in tensors.items():
+        if entry.stop > size:
+            raise ValueError(
+                f"{path}: truncated: tensor {name!r} ends at byte {entry.stop}, the file has "
+                f"{size}; fetch it again."
+            )
+        if entry.dtype not in _DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} has unknown dtype {entry.dtype!r}.")
+        if entry.stop - entry.start != math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize:
+            raise ValueError(
+                f"{path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} has "
+                f"{entry.stop - entry.start} bytes; the header is damaged, fetch it again."
+            )
+    return tensors
+
+
+def _entry(item: dict, base: int) -> Tensor:
+    start, stop = item["data_offsets"]
+    return Tensor(item["dtype"], tuple(item["shape"]), base + start, base + stop)

@@ -1,0 +1,38 @@
+"""Where parameters live on a mesh, from the logical axes that their declarations carry."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical axis of a parameter -> mesh axis. Meshes without such an axis keep it whole.
+DEFAULT_RULES: Mapping[str, str] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "expert": "expert",
+}
+
+
+def parameter_sharding(
+    variable: nnx.Variable, mesh: Mesh, rules: Mapping[str, str] = DEFAULT_RULES
+) -> NamedSharding:
+    """The sharding of one parameter; an axis that the mesh does not divide is kept whole."""
+    shape: tuple[int, ...] = variable.shape
+    axes: tuple[Any, ...] = variable.get_metadata().get("axes") or (None,) * len(shape)
+    spec: list[str | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        name = rules.get(axis)
+        usable = name in mesh.shape and name not in spec and size % mesh.shape[name] == 0
+        spec.append(name if usable else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def default_sharding() -> jax.sharding.Sharding:
+    """The whole array on the default device."""
+    return jax.sharding.SingleDeviceSharding(
+        jax.config.jax_default_device or jax.local_devices()[0]
+    )

@@ -1,0 +1,1 @@
+"""What a configuration costs before it runs: parameters, memory, operations and time."""
