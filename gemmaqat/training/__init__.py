@@ -1,0 +1,1 @@
+"""Losses, the optimizer, pure training steps, the one loop, distillation and checkpoints."""
