@@ -26,7 +26,7 @@ ARROWS = {
         "data.config",
     },
     "generation": {"config", "models", "quantization", "packed", "data", "typing"},
-    "interop": {"config", "models", "quantization", "packed", "typing"},
+    "interop": {"config", "models", "quantization", "packed", "planning", "typing"},
     "planning": {"config", "models", "quantization", "packed", "typing"},
     "evaluation": BELOW_TRAINING | {"generation"},
     "training": BELOW_TRAINING | {"evaluation.metrics"},
