@@ -21,7 +21,7 @@ def free_bytes(device: jax.Device | None = None) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """Three significant digits and a binary unit: `1.46 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
