@@ -24,3 +24,7 @@ Weight = Any
 
 # A tree of parameters: an `nnx.State`, a nested dict, or any other pytree.
 Params = Any
+
+# A leaf of a dataclass that is a pytree: an array, its abstract shape, a sharding, ... The comment
+# beside the field gives dtype and shape.
+Leaf = Any

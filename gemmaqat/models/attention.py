@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from gemmaqat.models.cache import KeyValues, attention_mask, extend
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.layers import HookPoint, Linear, RMSNorm, rms_normalise
-from gemmaqat.typing import Activations, AttentionMask, Positions, SegmentIds
+from gemmaqat.typing import Activations, AttentionMask, Leaf, Positions
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +19,9 @@ from gemmaqat.typing import Activations, AttentionMask, Positions, SegmentIds
 class Surroundings:
     """What one layer's attention needs beside its input."""
 
-    positions: Positions
-    segment_ids: SegmentIds | None
-    rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]]  # cos and sin of this layer's type
+    positions: Leaf  # int32 [B, T]
+    segment_ids: Leaf | None  # int32 [B, T]
+    rope: tuple[Leaf, Leaf]  # cosine and sine of this layer's type, float32 [B, T, H / 2]
     shared: KeyValues | None  # keys of the owner, for a layer that owns none
     cache: KeyValues | None  # this layer's slots, for a cached call
 
@@ -31,7 +31,7 @@ class Surroundings:
 class AttentionOutput:
     """The attention branch's result and the keys that later layers and calls read."""
 
-    x: Activations
+    x: Leaf  # float [B, T, D]
     keys: KeyValues
     cache: KeyValues | None
 

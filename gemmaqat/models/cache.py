@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 from gemmaqat.models.config import ModelConfig
-from gemmaqat.typing import Positions, SegmentIds
+from gemmaqat.typing import Leaf, Positions, SegmentIds
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +19,10 @@ from gemmaqat.typing import Positions, SegmentIds
 class KeyValues:
     """Rotated keys and normed values of some tokens, with what masks need to know of them."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
-    positions: Int[Array, "B S"]  # absolute; -1 = nothing here
-    segment_ids: Int[Array, "B S"] | None = None
+    k: Leaf  # float [B, S, K, H]
+    v: Leaf  # float [B, S, K, H]
+    positions: Leaf  # int32 [B, S], absolute; -1 = nothing here
+    segment_ids: Leaf | None = None  # int32 [B, S]
 
 
 @jax.tree_util.register_dataclass

@@ -121,7 +121,7 @@ class ModelConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that meet one token in a matrix product, the tied head included (for FLOPs)."""
+        """Parameters that one token is multiplied with, the tied head included (for FLOPs)."""
         total = self.vocab_size * self.embed_dim
         if self.per_layer_dim:
             total += self.embed_dim * self.num_layers * self.per_layer_dim
@@ -153,8 +153,8 @@ class ModelConfig:
         family = text.get("model_type", config.get("model_type"))
         if family not in _FAMILIES:
             raise ValueError(
-                f"{where}: model_type is {family!r}, expected a Gemma 4 text decoder ({', '.join(_FAMILIES)}); "
-                "point at a folder of google/gemma-4-*."
+                f"{where}: model_type is {family!r}, expected a Gemma 4 text decoder "
+                f"({', '.join(_FAMILIES)}); point at a folder of google/gemma-4-*."
             )
         try:
             return cls(**_fields_from_hf(text, family), name=name)

@@ -14,7 +14,7 @@ from gemmaqat.models.cache import KVCache, init_cache
 from gemmaqat.models.config import FULL, SLIDING, ModelConfig
 from gemmaqat.models.embedding import Embed
 from gemmaqat.models.layers import Linear, RMSNorm
-from gemmaqat.typing import Activations, Positions, SegmentIds, Tokens
+from gemmaqat.typing import Activations, Leaf, Positions, SegmentIds, Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,8 @@ from gemmaqat.typing import Activations, Positions, SegmentIds, Tokens
 class Output:
     """What a pass returns."""
 
-    logits: Float[Array, "B T V"] | None  # float32; T = 1 for logits="last"; None for "none"
-    hidden: Activations  # the stream after the last block, before the final norm
+    logits: Leaf | None  # float32 [B, T, V]; T = 1 for logits="last"; None for "none"
+    hidden: Leaf  # float [B, T, D]: the stream after the last block, before the final norm
     cache: KVCache | None  # updated, where one was given
 
 

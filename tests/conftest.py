@@ -1,0 +1,13 @@
+"""Strict flags for every test: shapes checked, silent broadcasting refused, several devices."""
+
+import os
+
+# Before JAX starts: sharding tests need more than one device.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+install_import_hook("gemmaqat", "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")
