@@ -159,6 +159,7 @@ def test_a_mesh_shards_parameters_as_they_are_declared(e2b):
     assert_same_params(model, e2b.model)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self/status")
 def test_loading_holds_one_model_and_one_tensor_at_most(tmp_path):
     """Peak resident memory of a fresh process over the parameters it ends with."""
     config = model_config(
@@ -175,11 +176,11 @@ def test_loading_holds_one_model_and_one_tensor_at_most(tmp_path):
     largest = max(value.size for value in tensors.values()) * 4
     del tensors
     code = """
-import sys, resource, jax, jax.numpy as jnp
+import re, sys, jax.numpy as jnp
 from gemmaqat.interop.hf import read_pretrained
 jnp.zeros(8).block_until_ready()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-    1 if sys.platform == "darwin" else 1024)
+# Not getrusage: its peak is inherited from the process that started this one.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 report = read_pretrained(sys.argv[1]).report
 print(report.bytes, peak() - before)
@@ -189,8 +190,8 @@ print(report.bytes, peak() - before)
     )
     size, growth = map(int, result.stdout.split())
     assert size > 500e6
-    # One float32 copy, the tensor in flight (mapped bf16 and float32), 32 MiB for the rest.
-    assert growth < size + 1.5 * largest + 2**25, (size, growth, largest)
+    # Measured 1.02 x the size; one more copy of the tensor in flight makes it 1.13.
+    assert growth < size + 1.5 * largest, (size, growth, largest)
 
 
 def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch):
