@@ -1,0 +1,1 @@
+"""Sources, tokenizers, chat templates, packing and the resumable loader."""
