@@ -9,7 +9,6 @@ from pathlib import Path
 from absl import logging
 
 from gemmaqat.data.config import DataConfig
-from gemmaqat.data.documents import Document
 from gemmaqat.data.sources import make_sources
 
 TRAINING_BYTES = 4 * 2**20  # of text, spread over the data; more changes a small BPE little
@@ -57,11 +56,10 @@ def _sample(config: DataConfig) -> Iterator[str]:
     sources = make_sources(config, "train", task_seed=0)
     budget = TRAINING_BYTES // len(sources)
     for part in sources:
-        count = 20_000 if part.endless else len(part.source)
+        count = 1_000 if part.endless else len(part.source)
         taken = 0
         for index in _spread(count):
-            found = part.source[index]
-            for document in [found] if isinstance(found, Document) else found:
+            for document in part.source[index]:
                 text = "".join(piece.text for piece in document.pieces)
                 taken += len(text.encode())
                 yield text

@@ -14,12 +14,11 @@ import grain
 import numpy as np
 
 from gemmaqat.data.config import DataConfig
-from gemmaqat.data.packing import SERIAL, Batch, Row, SplitDocument, pack, to_batches
+from gemmaqat.data.packing import SERIAL, Batch, Row, SplitDocuments, pack, to_batches
 from gemmaqat.data.sources import WeightedSource, make_sources
 from gemmaqat.data.tokenizer import Tokenizer, make_tokenizer
 
 STATE_VERSION = 1
-FIELDS = ("tokens", "targets", "loss_weights")
 
 
 class Loader(Iterator[Batch]):
@@ -128,14 +127,9 @@ def _packed(
         if split == "train":
             documents = documents.repeat()
     split_documents = grain.experimental.FlatMapIterDataset(
-        documents.to_iter_dataset(SERIAL), SplitDocument(tokenizer, data.sequence_length)
+        documents.to_iter_dataset(SERIAL), SplitDocuments(tokenizer, data.sequence_length)
     )
-    return pack(
-        split_documents,
-        data.sequence_length,
-        fields=FIELDS,
-        seed=seed if split == "train" else None,
-    )
+    return pack(split_documents, data.sequence_length, seed=seed if split == "train" else None)
 
 
 def _fingerprint(

@@ -5,7 +5,8 @@ when it is longer than a row. Every part starts with the beginning-of-text token
 needs to work at all; its loss is that of the tokens after it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,16 +20,17 @@ from gemmaqat.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 Row = dict[str, np.ndarray]
 
+# A part of a document is one array [n] of such triples; Grain then packs one feature, not three.
+TOKEN_DTYPE = np.dtype([("tokens", "i4"), ("targets", "i4"), ("loss_weights", "f4")])
+
 PACKING_ROWS = 64  # rows open at a time: more pack tighter and mix better, and cost more to resume
 
-# Value of a field where there is no document; fields not named here are 0 there.
-_PADDING = {"positions": -1}
+# Reading in this thread: elements are cheap, and the order of work is the same everywhere.
+SERIAL = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def encode_pieces(
-    document: Document, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, targets (the token after each) and loss weights of a whole document, [n] each."""
+def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """The whole document as TOKEN_DTYPE [n]: each token, the one after it, and its loss weight."""
     ids: list[int] = []
     weights: list[float] = []
     for text, weight in document.pieces:
@@ -36,92 +38,76 @@ def encode_pieces(
         ids += piece
         weights += [weight] * len(piece)
     if ids[:1] == [tokenizer.bos_id]:  # a chat template writes its own
-        ids, weights = ids[1:], weights[1:]
+        del ids[0], weights[0]
     if document.end:
         ids.append(tokenizer.eos_id)
         weights.append(document.pieces[-1].weight)
-    targets = np.asarray(ids, np.int32)
-    tokens = np.concatenate([np.asarray([tokenizer.bos_id], np.int32), targets[:-1]])
-    return tokens, targets, np.asarray(weights, np.float32)
+    encoded = np.empty(len(ids), TOKEN_DTYPE)
+    encoded["targets"] = ids
+    encoded["tokens"] = [tokenizer.bos_id, *ids[:-1]]
+    encoded["loss_weights"] = weights
+    return encoded
 
 
-class SplitDocument(grain.experimental.FlatMapTransform):
-    """Document to the parts of at most `length` tokens that have something to learn."""
+class SplitDocuments(grain.experimental.FlatMapTransform):
+    """Documents to the parts of at most `length` tokens that have something to learn."""
 
     def __init__(self, tokenizer: Tokenizer, length: int):
         self._tokenizer = tokenizer
         self._length = length
 
-    def flat_map(self, element: Document | list[Document]) -> list[Row]:
+    def flat_map(self, element: list[Document]) -> list[np.ndarray]:
         """The parts in order; each starts with the beginning-of-text token."""
-        documents = [element] if isinstance(element, Document) else element
-        return [part for document in documents for part in self._split(document)]
-
-    def _split(self, document: Document) -> list[Row]:
-        tokens, targets, weights = encode_pieces(document, self._tokenizer)
         parts = []
-        for start in range(0, len(targets), self._length):
-            part = slice(start, start + self._length)
-            if not weights[part].any():
-                continue
-            inputs = tokens[part].copy()
-            inputs[0] = self._tokenizer.bos_id
-            parts.append(
-                {"tokens": inputs, "targets": targets[part], "loss_weights": weights[part]}
-            )
+        for document in element:
+            encoded = encode(document, self._tokenizer)
+            for start in range(0, len(encoded), self._length):
+                part = encoded[start : start + self._length]
+                if part["loss_weights"].any():
+                    part["tokens"][0] = self._tokenizer.bos_id
+                    parts.append(part)
         return parts
 
 
-def pack(
-    parts: grain.IterDataset, length: int, *, fields: Iterable[str], seed: int | None
-) -> grain.IterDataset:
-    """Parts to rows of `length`; rows of a window are shuffled unless `seed` is None."""
+def pack(parts: grain.IterDataset, length: int, *, seed: int | None) -> grain.IterDataset:
+    """Parts to rows of `length`; rows of a window are shuffled unless `seed` is None.
+
+    Every field of a part's dtype becomes a field of the row, beside segment_ids and positions.
+    """
     packed = grain.experimental.FirstFitPackIterDataset(
-        parts,
-        length_struct=dict.fromkeys(fields, length),
+        parts.map(lambda part: {"part": part}),
+        length_struct={"part": length},
         num_packing_bins=PACKING_ROWS,
         seed=seed or 0,
         shuffle_bins=seed is not None,
     )
-    names = tuple(fields)
-    return packed.map(lambda row: _finish_row(row, names))
+    return packed.map(_finish_row)
 
 
-def _finish_row(row: Mapping[str, np.ndarray], fields: tuple[str, ...]) -> Row:
-    """Grain numbers every field's segments alike; keep one copy and mark the padding."""
-    segment_ids = row["tokens_segment_ids"]
-    finished = {name: row[name] for name in fields}
-    finished["segment_ids"] = segment_ids
-    finished["positions"] = np.where(
-        segment_ids > 0, row["tokens_positions"], _PADDING["positions"]
-    )
-    return finished
+def pack_all(
+    parts: list[np.ndarray], length: int, batch_size: int, *, padding: Mapping[str, Any]
+) -> list[Batch]:
+    """Packs a finite list of parts, in order, into full batches.
 
-
-def pack_rows(
-    parts: list[Row], length: int, *, padding: Mapping[str, int] | None = None
-) -> list[Row]:
-    """Packs a finite list of parts, in order; `padding` names values of further fields."""
+    `padding` holds the values of further fields where there is no document.
+    """
     if not parts:
         return []
-    dataset = grain.MapDataset.source(parts).to_iter_dataset(SERIAL)
-    rows = list(pack(dataset, length, fields=parts[0], seed=None))
+    rows = list(pack(grain.MapDataset.source(parts).to_iter_dataset(SERIAL), length, seed=None))
     for row in rows:
-        for name, value in (padding or {}).items():
-            row[name] = np.where(
-                row["segment_ids"] > 0, row[name], np.asarray(value, row[name].dtype)
-            )
-    return rows
+        for name, value in padding.items():
+            row[name][row["segment_ids"] == 0] = value
+    return to_batches(rows, batch_size, padding=padding)
 
 
 def to_batches(
-    rows: list[Row], batch_size: int, *, padding: Mapping[str, int] | None = None
+    rows: list[Row], batch_size: int, *, padding: Mapping[str, Any] | None = None
 ) -> list[Batch]:
     """Stacks rows; the last batch is filled up with empty rows so that all shapes are equal."""
     if not rows:
         return []
     values = _PADDING | dict(padding or {})
-    empty = {name: np.full_like(value, values.get(name, 0)) for name, value in rows[0].items()}
+    empty = {name: np.full_like(field, values.get(name, 0)) for name, field in rows[0].items()}
     rows = rows + [empty] * (-len(rows) % batch_size)
     return [
         {name: np.stack([row[name] for row in rows[i : i + batch_size]]) for name in empty}
@@ -129,5 +115,12 @@ def to_batches(
     ]
 
 
-# Reading in this thread: elements are cheap, and the order of work is the same everywhere.
-SERIAL = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+# Value of a field where there is no document; fields not named here are 0 there.
+_PADDING = {"positions": -1}
+
+
+def _finish_row(row: Mapping[str, np.ndarray]) -> Row:
+    part, segment_ids = row["part"], row["part_segment_ids"]
+    fields = {name: np.ascontiguousarray(part[name]) for name in part.dtype.names}
+    positions = np.where(segment_ids > 0, row["part_positions"], np.int32(_PADDING["positions"]))
+    return fields | {"segment_ids": segment_ids, "positions": positions}

@@ -8,6 +8,7 @@ belongs to the hold-out.
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -276,13 +277,18 @@ def _cuts(data: mmap.mmap, start: int, stop: int, size: int) -> Iterator[tuple[i
         start = end
 
 
-def _check_text(data: bytes, path: Path, offset: int) -> None:
-    """Text has no NUL and no other control characters below 8, and is UTF-8."""
+def first_binary_byte(data: bytes) -> int | None:
+    """Offset of the first byte that UTF-8 text does not hold (control characters below 8 too)."""
     try:
         data.decode()
-        wrong = next((i for i, b in enumerate(data) if b < 8), None) if min(data) < 8 else None
     except UnicodeDecodeError as error:
-        wrong = error.start
+        return error.start
+    found = re.search(rb"[\x00-\x07]", data)
+    return found.start() if found else None
+
+
+def _check_text(data: bytes, path: Path, offset: int) -> None:
+    wrong = first_binary_byte(data)
     if wrong is not None:
         raise ValueError(
             f"{path}: binary data (byte {data[wrong]:#04x} at offset {offset + wrong}), expected "

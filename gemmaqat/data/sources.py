@@ -20,6 +20,7 @@ from gemmaqat.data.records import (
     MAX_BLOCK_BYTES,
     MIN_BLOCK_BYTES,
     Records,
+    first_binary_byte,
     hash_bytes,
     open_records,
 )
@@ -32,7 +33,7 @@ _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 class Source(Protocol):
-    """Documents by index.
+    """Documents by index, a few at each.
 
     Attributes:
         fingerprint: changes with anything that changes its documents or their order.
@@ -41,11 +42,11 @@ class Source(Protocol):
     fingerprint: str
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Number of indices."""
         ...
 
-    def __getitem__(self, index: int) -> Document | list[Document]:
-        """One record's document, or several (a chat whose turns must be rendered apart)."""
+    def __getitem__(self, index: int) -> list[Document]:
+        """Usually one; several for a chat whose turns must be rendered apart."""
         ...
 
 
@@ -205,7 +206,7 @@ class RecordSource:
         files: Sequence[Records],
         groups: np.ndarray,
         chosen: np.ndarray,
-        make: Callable[[dict[str, Any], str], Document | list[Document]],
+        make: Callable[[dict[str, Any], str], list[Document]],
     ):
         self._files, self._chosen, self._make = files, chosen, make
         self._starts = np.cumsum([0] + [len(file) for file in files])
@@ -215,7 +216,7 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, index: int) -> Document | list[Document]:
+    def __getitem__(self, index: int) -> list[Document]:
         record = self._chosen[index]
         file = int(np.searchsorted(self._starts, record, side="right")) - 1
         fields, where = self._files[file].read(int(record - self._starts[file]))
@@ -252,35 +253,28 @@ def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py")):
-        if not _NOT_STDLIB.intersection(path.relative_to(root).parts[:-1]) and _is_utf8(path):
+        if _NOT_STDLIB.intersection(path.relative_to(root).parts[:-1]):
+            continue
+        data = path.read_bytes()
+        if data and first_binary_byte(data) is None:  # a few modules are empty or not in UTF-8
             files.append(path)
     return files
 
 
-def _is_utf8(path: Path) -> bool:
-    """A few modules are kept in other encodings or empty; they are no text for us."""
-    data = path.read_bytes()
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return bool(data) and min(data) >= 8
-
-
 def _document_maker(
     config: DataConfig, text_field: str
-) -> Callable[[dict[str, Any], str], Document | list[Document]]:
+) -> Callable[[dict[str, Any], str], list[Document]]:
     """Record to document; the chat template is opened when the first chat is met."""
     template: list[ChatTemplate] = []
 
-    def make(record: dict[str, Any], where: str) -> Document | list[Document]:
+    def make(record: dict[str, Any], where: str) -> list[Document]:
         if "messages" in record:
             if not template:
                 template.append(ChatTemplate.find(config.chat_template or config.tokenizer))
             return template[0].documents(record, where)
         if "prompt" in record:
             prompt = Piece(record["prompt"], config.prompt_weight)
-            return Document((prompt, Piece(record["response"], 1.0)), where)
-        return Document((Piece(record.get(text_field, record.get("text")), 1.0),), where)
+            return [Document((prompt, Piece(record["response"], 1.0)), where)]
+        return [Document((Piece(record.get(text_field, record.get("text")), 1.0),), where)]
 
     return make

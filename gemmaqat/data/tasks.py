@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gemmaqat.data.documents import Document, Piece
-from gemmaqat.data.packing import Batch, encode_pieces, pack_rows, to_batches
+from gemmaqat.data.packing import TOKEN_DTYPE, Batch, encode, pack_all
 from gemmaqat.data.tokenizer import Tokenizer
 
 LANGUAGE_VERSION = 1  # raised with every change below: a saved position is void after it
 HOLDOUT_MODULUS = 8  # one prompt in eight is never trained on
+
+BLOCK_EXAMPLES = 16
 
 # Settings of the tasks. They are chosen so that a model of 0.3 to 0.8 M parameters learns all of
 # them within about 600 steps of 2,048 tokens: short prompts (about 100 examples per step), small
@@ -102,26 +104,24 @@ def task_batches(
     Raises:
         ValueError: an item is longer than `length`.
     """
-    examples = []
+    parts = []
     for index, item in enumerate(task_items):
-        document = Document(_pieces(item, prompt_weight=0.0), f"item {index} of {item.task}")
-        tokens, targets, weights = encode_pieces(document, tokenizer)
-        if len(tokens) > length:
+        encoded = encode(_document(item, 0.0, f"item {index} of {item.task}"), tokenizer)
+        if len(encoded) > length:
             raise ValueError(
-                f"item {index} of task {item.task!r} has {len(tokens)} tokens, more than the row "
+                f"item {index} of task {item.task!r} has {len(encoded)} tokens, more than the row "
                 f"length {length}; raise data.sequence_length."
             )
-        examples.append(
-            {
-                "tokens": tokens,
-                "targets": targets,
-                "loss_weights": weights,
-                "item_ids": np.full(len(tokens), index, np.int32),
-                "answer_mask": weights > 0,
-            }
-        )
-    rows = pack_rows(examples, length, padding={"item_ids": -1})
-    return to_batches(rows, batch_size, padding={"item_ids": -1})
+        part = np.empty(len(encoded), _ITEM_DTYPE)
+        for name in TOKEN_DTYPE.names:
+            part[name] = encoded[name]
+        part["item_ids"] = index
+        part["answer_mask"] = encoded["loss_weights"] > 0
+        parts.append(part)
+    return pack_all(parts, length, batch_size, padding={"item_ids": -1})
+
+
+_ITEM_DTYPE = np.dtype(TOKEN_DTYPE.descr + [("item_ids", "i4"), ("answer_mask", "?")])
 
 
 class TaskSource:
@@ -136,17 +136,21 @@ class TaskSource:
     def __len__(self) -> int:
         return 2**31  # examples are drawn independently; there is no epoch to reshuffle
 
-    def __getitem__(self, index: int) -> Document:
-        item = example(self._seed, index, holdout=self._holdout)
-        assert in_holdout(item.prompt) == self._holdout
-        return Document(_pieces(item, self._prompt_weight), f"task example {index}")
+    def __getitem__(self, index: int) -> list[Document]:
+        """A block of examples at a time: Grain's cost is per element."""
+        documents = []
+        for number in range(index * BLOCK_EXAMPLES, (index + 1) * BLOCK_EXAMPLES):
+            item = example(self._seed, number, holdout=self._holdout)
+            assert in_holdout(item.prompt) == self._holdout
+            documents.append(_document(item, self._prompt_weight, f"task example {number}"))
+        return documents
 
     def __repr__(self) -> str:
         return f"TaskSource(seed={self._seed}, holdout={self._holdout})"
 
 
-def _pieces(item: TaskItem, prompt_weight: float) -> tuple[Piece, ...]:
-    return (Piece(item.prompt, prompt_weight), Piece(item.answer, 1.0))
+def _document(item: TaskItem, prompt_weight: float, where: str) -> Document:
+    return Document((Piece(item.prompt, prompt_weight), Piece(item.answer, 1.0)), where)
 
 
 def _word(rng: random.Random, lengths: tuple[int, int], alphabet: str) -> str:
