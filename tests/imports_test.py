@@ -16,7 +16,7 @@ ARROWS = {
     "kernels": set(),
     "packed": {"kernels", "typing"},
     "models": {"kernels", "typing"},
-    "quantization": {"packed", "typing"},
+    "quantization": {"packed", "typing", "kernels.layout"},  # the names of level grids
     "data": {"typing"},
     "config": {
         "models.config",
@@ -29,7 +29,7 @@ ARROWS = {
     "interop": {"config", "models", "quantization", "packed", "planning", "typing"},
     "planning": {"config", "models", "quantization", "packed", "typing"},
     "evaluation": BELOW_TRAINING | {"generation"},
-    "training": BELOW_TRAINING | {"evaluation.metrics"},
+    "training": BELOW_TRAINING | {"evaluation.metrics", "interop"},
     "compare": BELOW_TRAINING | {"training", "evaluation", "interop", "generation", "planning"},
 }
 MAY_IMPORT_ALL = {"main", "__main__", "__init__"}
