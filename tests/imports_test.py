@@ -32,7 +32,7 @@ ARROWS = {
     "training": BELOW_TRAINING | {"evaluation.metrics", "interop"},
     "compare": BELOW_TRAINING | {"training", "evaluation", "interop", "generation", "planning"},
 }
-MAY_IMPORT_ALL = {"main", "__main__", "__init__"}
+MAY_IMPORT_ALL = {"main", "commands", "__main__", "__init__"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -13,9 +13,7 @@ from jaxtyping import Array, Float
 from gemmaqat.evaluation.metrics import token_kl, token_nll
 
 
-def next_token_loss(
-    model: Any, batch: dict[str, Array], *, chunk_tokens: int
-) -> Float[Array, ""]:
+def next_token_loss(model: Any, batch: dict[str, Array], *, chunk_tokens: int) -> Float[Array, ""]:
     """Weighted sum of the negative log-likelihood of the targets, nats.
 
     Args:

@@ -37,9 +37,7 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     decaying_steps = max(num_steps - 1 - config.warmup_steps, 1)
     done = min((step - config.warmup_steps) / decaying_steps, 1.0)
     remaining = _SCHEDULES[config.schedule](done)
-    return config.learning_rate * (
-        config.final_fraction + (1 - config.final_fraction) * remaining
-    )
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * remaining)
 
 
 def is_decayed(params: Any) -> Any:

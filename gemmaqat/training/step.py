@@ -94,9 +94,7 @@ class Programs:
             model, teacher_model = nnx.merge(graphdef, weights), nnx.merge(graphdef, teacher)
             return losses.kl_loss(model, teacher_model, batch, chunk_tokens=chunk)
 
-        self.next_token = jax.jit(
-            lambda weights, batch: _accumulate(next_token, weights, batch)
-        )
+        self.next_token = jax.jit(lambda weights, batch: _accumulate(next_token, weights, batch))
         self.kl = jax.jit(
             lambda weights, teacher, batch: _accumulate(
                 lambda weights, part: kl(weights, teacher, part), weights, batch
@@ -112,9 +110,7 @@ class Programs:
             )
         )
         self.init = jax.jit(transformation.init)
-        self.update = jax.jit(
-            functools.partial(_update, transformation), donate_argnums=(0, 1, 2)
-        )
+        self.update = jax.jit(functools.partial(_update, transformation), donate_argnums=(0, 1, 2))
         self._maps: dict[str, QuantizeMap] = {}
 
     def quantize_map(self, table: Any | None) -> QuantizeMap:

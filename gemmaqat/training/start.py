@@ -1,0 +1,97 @@
+"""Where a run's model comes from, and how a finished run's model is read back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gemmaqat.config import Experiment
+from gemmaqat.interop.hf import load_pretrained
+from gemmaqat.models.config import ModelConfig
+from gemmaqat.models.sharding import default_sharding
+from gemmaqat.models.sizes import model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.quantization.rules import Table
+from gemmaqat.training import checkpoint
+from gemmaqat.training.trees import flatten, unflatten
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """What other commands need of a run.
+
+    Attributes:
+        model: with the float master parameters.
+        table: the resolved quantization; None for a float run.
+        step: optimizer steps done.
+    """
+
+    model: Gemma4
+    table: Table | None
+    step: int
+
+
+def initial_model(experiment: Experiment, *, vocab_size: int = 0) -> Gemma4:
+    """The model a run starts from.
+
+    Args:
+        experiment: names the model.
+        vocab_size: of the tokenizer; a random miniature gets at least so many entries.
+
+    Returns:
+        In this order: the parameters of the work directory `model.checkpoint`, the published
+        weights in the folder `model.checkpoint`, random ones from `seed`.
+    """
+    section = experiment.model
+    precision = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    folder = Path(section.checkpoint)
+    if section.checkpoint and (folder / checkpoint.FOLDER).is_dir():
+        return load_run(folder, **precision).model
+    if section.checkpoint:
+        return load_pretrained(folder, **precision)
+    config = model_config(section.name, **precision)
+    if section.name.endswith("_mini") and vocab_size > config.vocab_size:
+        # Shapes of miniatures are ours to choose; whole multiples of the largest block.
+        config = dataclasses.replace(config, vocab_size=-(-vocab_size // 128) * 128)
+    return Gemma4(config, rngs=nnx.Rngs(experiment.seed))
+
+
+def load_run(workdir: str | Path, *, best: bool = False, **precision: Any) -> LoadedRun:
+    """Model and table of a work directory's newest intact checkpoint.
+
+    Args:
+        workdir: written by `train`.
+        best: take the checkpoint with the smallest hold-out loss instead.
+        precision: `dtype` and `remat` that replace the saved ones.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: none is intact, or it is of a newer format.
+    """
+    folder = Path(workdir) / checkpoint.FOLDER
+    step = checkpoint.best_step(folder) if best else None
+    if step is not None:
+        saved: checkpoint.Saved | None = checkpoint.read(checkpoint.step_folder(folder, step))
+    else:
+        saved, _ = checkpoint.newest_intact(folder)
+    if saved is None:
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint; give a work directory in which training has saved one."
+        )
+    return read_saved(saved, **precision)
+
+
+def read_saved(saved: checkpoint.Saved, **precision: Any) -> LoadedRun:
+    """Model and table of one checkpoint; arguments as in `load_run`."""
+    fields = saved.model | {"layer_types": tuple(saved.model["layer_types"])}
+    config = dataclasses.replace(ModelConfig(**fields), **precision)
+    graphdef, abstract = nnx.split(Gemma4(config, rngs=None))
+    names = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default_sharding())
+        for name, leaf in flatten(abstract, "params/").items()
+    }
+    params = unflatten(abstract, saved.arrays(names), "params/")
+    table = None if saved.quantization is None else Table.from_json(saved.quantization)
+    return LoadedRun(model=nnx.merge(graphdef, params), table=table, step=saved.step)

@@ -1,0 +1,137 @@
+"""The work directory of a run: whose it is, and what it says about itself."""
+
+import dataclasses
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemmaqat import config
+from gemmaqat.config import Experiment
+from gemmaqat.quantization.rules import Table
+from gemmaqat.training.records import METRICS, write_atomically
+
+CONFIG, QUANTIZATION, RUN = "config.json", "quantization.json", "run.json"
+
+_PACKAGES = ("gemmaqat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+
+
+def claim(
+    workdir: Path, *, experiment: Experiment, table: Table | None, hashes: dict[str, str]
+) -> None:
+    """Makes the directory this run's, or checks that it is already.
+
+    Args:
+        workdir: created where missing.
+        experiment: the whole config; any difference makes it another run.
+        table: the resolved quantization; None for a float run.
+        hashes: SHA-256 of the parameters that were handed in (start, teacher), by role.
+
+    Raises:
+        ValueError: it belongs to another run. Nothing in it has been touched.
+    """
+    check_config(workdir, experiment)
+    if (workdir / CONFIG).exists():
+        _check_inputs(workdir, table=table, hashes=hashes)
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_json(workdir / QUANTIZATION, None if table is None else table.to_json())
+    _write_json(workdir / RUN, _about(experiment, hashes))
+    # Last: a directory is claimed once its config is there.
+    _write_json(workdir / CONFIG, config.to_json(experiment))
+
+
+def check_config(workdir: Path, experiment: Experiment) -> None:
+    """Raises ValueError if the directory belongs to another config; cheap, reads two files."""
+    if (workdir / CONFIG).exists():
+        found = config.load(workdir / CONFIG)
+        refuse(workdir, "another config", config.differences(found, experiment))
+        return
+    strangers = [name for name in ("checkpoints", METRICS) if (workdir / name).exists()]
+    if strangers:
+        raise ValueError(
+            f"{workdir}: holds {' and '.join(strangers)} but no {CONFIG}, so it is unclear whose "
+            "they are; choose another work directory."
+        )
+
+
+def table_differences(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> list[str]:
+    """In what a saved table differs from the one at hand; empty where they are equal."""
+    if found == wanted:
+        return []
+    if found is None or wanted is None:
+        name = {True: "none (float)", False: "a table"}
+        return [f"quantization: {name[found is None]} -> {name[wanted is None]}"]
+    return Table.from_json(found).diff(Table.from_json(wanted))
+
+
+def plain_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Every field in which two flat mappings differ, as `field: found -> wanted`."""
+    return [
+        f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def refuse(where: Path, belongs_to: str, differences: list[str]) -> None:
+    """Raises ValueError with the first differences, if there are any."""
+    if differences:
+        shown = "; ".join(differences[:8])
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ValueError(
+            f"{where}: belongs to {belongs_to} (there -> here: {shown}{more}); choose another work "
+            "directory, or go back to its settings."
+        )
+
+
+def _check_inputs(workdir: Path, *, table: Table | None, hashes: dict[str, str]) -> None:
+    found = json.loads((workdir / QUANTIZATION).read_text())
+    wanted = None if table is None else _plain(table.to_json())
+    refuse(workdir / QUANTIZATION, "another quantization table", table_differences(found, wanted))
+    about = json.loads((workdir / RUN).read_text())
+    refuse(workdir / RUN, "a run from other parameters", plain_differences(about["hashes"], hashes))
+
+
+def _about(experiment: Experiment, hashes: dict[str, str]) -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "versions": {"python": platform.python_version()} | versions(),
+        "platform": platform.platform(),
+        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()],
+        "seeds": {
+            "experiment": experiment.seed,
+            "data": experiment.data.seed,
+            "holdout": experiment.data.holdout_seed,
+        },
+        "hashes": hashes,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a run's numbers."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def model_json(model: Any) -> dict[str, Any]:
+    """A model's config as plain JSON values; empty for a model that has none."""
+    model_config = getattr(model, "config", None)
+    return _plain(dataclasses.asdict(model_config)) if model_config is not None else {}
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a file: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(value))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
