@@ -51,7 +51,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens of all prompts per second of the decode loop (its compilation included)."""
+        """Tokens of all prompts per second of the decode loop (its compilation included)."""
         return sum(map(len, self.tokens)) / max(self.decode_seconds, 1e-9)
 
 
@@ -174,7 +174,7 @@ def sample(
 
 
 class TextStream:
-    """Turns a growing list of ids into pieces of text that join to the whole and end between characters.
+    """Turns a growing list of ids into pieces of text that join to the whole, cut between characters.
 
     Only a short tail is decoded again for each token: from the start of the last emitted piece, so
     that tokenizers that treat the start of a text specially see what precedes.
@@ -368,7 +368,7 @@ def _check_lengths(
 
 
 def _prefill_chunks(ids: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-    """Left-padded (tokens, positions, is_last) chunks: one of a power of two, or several equal ones."""
+    """Left-padded (tokens, positions, is_last): one chunk of a power of two, or several equal."""
     longest = max(map(len, ids))
     chunk = _SHORTEST_CHUNK
     while chunk < min(longest, _PREFILL_CHUNK):

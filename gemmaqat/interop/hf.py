@@ -41,7 +41,9 @@ class LoadReport:
 
     folder: Path
     loaded: int  # tensors that became parameters
-    skipped: dict[str, int]  # reason -> tensors: "vision_tower", "unused keys of shared layers", ...
+    skipped: dict[
+        str, int
+    ]  # reason -> tensors: "vision_tower", "unused keys of shared layers", ...
     parameters: int  # elements of the model
     bytes: int  # of the parameters in memory, all devices together
 
@@ -254,9 +256,7 @@ def _check_tied(tensors: SafetensorsFolder, head: str, table: str) -> None:
     tensors.files[head].forget(head)
 
 
-def _read(
-    tensors: SafetensorsFolder, key: str, path: str, leaf: Any, sharding: Any
-) -> jax.Array:
+def _read(tensors: SafetensorsFolder, key: str, path: str, leaf: Any, sharding: Any) -> jax.Array:
     """One tensor as a device array; every device's shard is cut from the map by itself."""
     file = tensors.files[key]
     stored = file.array(key)

@@ -8,9 +8,10 @@ that name the file and the tensor, and a way to drop pages that have been read.
 import json
 import math
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -56,7 +57,7 @@ class SafetensorsFile:
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
-            self.tensors = _read_header(path, file.read(8), file.read, size)
+            self.tensors, self.metadata = _read_header(path, file.read(8), file.read, size)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, name: str) -> np.ndarray:
@@ -67,7 +68,7 @@ class SafetensorsFile:
         return flat.reshape(entry.shape)
 
     def forget(self, name: str) -> None:
-        """Lets the system drop the pages of a tensor that has been read (they can be read again)."""
+        """Lets the system drop the pages of a tensor; a later read maps them again."""
         if not hasattr(self._map, "madvise"):  # Windows
             return
         entry = self.tensors[name]
@@ -125,8 +126,8 @@ class SafetensorsFolder:
         for name, shard in weight_map.items():
             if name not in shards[shard].tensors:
                 raise ValueError(
-                    f"{index}: tensor {name!r} is not in {shard}; index and shards are of different "
-                    "downloads, fetch the folder again."
+                    f"{index}: tensor {name!r} is not in {shard}; index and shards are of "
+                    "different downloads, fetch the folder again."
                 )
             self.files[name] = shards[shard]
 
@@ -145,7 +146,9 @@ def _single_file(folder: Path) -> Path:
     )
 
 
-def _read_header(path: Path, prefix: bytes, read, size: int) -> dict[str, Tensor]:
+def _read_header(
+    path: Path, prefix: bytes, read: Callable[[int], bytes], size: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parses and checks a header: every tensor must lie inside the file and fill its shape."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or 8 + length > size:
@@ -155,7 +158,7 @@ def _read_header(path: Path, prefix: bytes, read, size: int) -> dict[str, Tensor
         )
     try:
         header = json.loads(read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         tensors = {name: _entry(item, 8 + length) for name, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
@@ -174,9 +177,36 @@ def _read_header(path: Path, prefix: bytes, read, size: int) -> dict[str, Tensor
                 f"{path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} has "
                 f"{entry.stop - entry.start} bytes; the header is damaged, fetch it again."
             )
-    return tensors
+    return tensors, metadata
 
 
 def _entry(item: dict, base: int) -> Tensor:
     start, stop = item["data_offsets"]
     return Tensor(item["dtype"], tuple(item["shape"]), base + start, base + stop)
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays (NumPy or JAX) one at a time; the file appears under its name when complete."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, array in arrays.items():
+        size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        header[name] = {
+            "dtype": names[np.dtype(array.dtype)],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+    draft = path.with_name(f".{path.name}.partial")
+    with draft.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

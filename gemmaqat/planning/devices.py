@@ -23,12 +23,10 @@ def free_bytes(device: jax.Device | None = None) -> int | None:
 
 def format_bytes(count: int | float) -> str:
     """Three significant digits and a binary unit: `1.46 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while abs(count) >= 1000 and unit != "TiB":
+        count, unit = count / 1024, next(units)
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 

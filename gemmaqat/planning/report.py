@@ -42,18 +42,21 @@ class Plan:
         """The plan for a terminal."""
         device = jax.devices()[0]
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
-        verdict = "fits" if self.fits else "does NOT fit; try remat=full, a smaller batch, adafactor"
+        verdict = (
+            "fits" if self.fits else "does NOT fit; try remat=full, a smaller batch, adafactor"
+        )
+        kind, config = device.device_kind, self.config
         return "\n".join(
-            [
-                f"{self.config.name}: {self.parameters:,} parameters, {self.config.num_layers} layers",
+            (
+                f"{config.name}: {self.parameters:,} parameters, {config.num_layers} layers",
                 "memory of a training step:",
                 self.training.render(),
-                f"  free on {device.device_kind}: {free} ({verdict})",
-                f"memory of decoding one sequence of {_length(self.config)} positions, unquantized:",
+                f"  free on {kind}: {free} ({verdict})",
+                f"memory of decoding one sequence of {_length(config)} positions, unquantized:",
                 self.generation.render(),
-                f"training: {self.operations:.3g} operations, roughly {format_seconds(self.seconds)} "
-                f"on {device.device_kind} (compilation and evaluation excluded)",
-            ]
+                f"training: {self.operations:.3g} operations, roughly "
+                f"{format_seconds(self.seconds)} on {kind} (without compilation and evaluation)",
+            )
         )
 
 

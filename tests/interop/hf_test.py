@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
+
 from gemmaqat.interop import hf
 from gemmaqat.interop.hf import load_pretrained, read_pretrained
 from gemmaqat.models.sizes import model_config
-from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gemma4"
 PREFIX = "model.language_model."
