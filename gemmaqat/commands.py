@@ -177,7 +177,7 @@ def doctor(options: Any) -> None:
         memory = "unknown" if free is None else format_bytes(free)
         print(f"device {device.id}: {device.platform} {device.device_kind}, free memory {memory}")
     print(f"kernels: {dispatch.explain()}")
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.values["jax_compilation_cache_dir"]
     print(f"compilation cache: {cache or 'off'}")
 
 
@@ -213,7 +213,9 @@ def _model_config(experiment: Experiment) -> Any:
     from gemmaqat.models.sizes import model_config
 
     section = experiment.model
-    precision = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    precision: dict[str, Any] = dict(
+        dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
+    )
     if section.checkpoint and not (Path(section.checkpoint) / "checkpoints").is_dir():
         return dataclasses.replace(read_config(section.checkpoint), **precision)
     return model_config(section.name, **precision)
@@ -241,7 +243,7 @@ def _load_model(source: str, experiment: Experiment | None, *, dtype: str = "flo
                 f"{folder}: quantized already; give the float checkpoint it came from."
             )
         return load_packed(folder, dtype=dtype)
-    precision = dict(dtype=dtype, param_dtype=dtype)
+    precision: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype)
     if experiment is not None:
         precision = dict(dtype=experiment.model.dtype, param_dtype=experiment.model.param_dtype)
     if (folder / "checkpoints").is_dir():

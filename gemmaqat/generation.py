@@ -174,7 +174,7 @@ def sample(
 
 
 class TextStream:
-    """Turns a growing list of ids into pieces of text that join to the whole, cut between characters.
+    """Turns a growing list of ids into pieces of text, cut between characters, that join to it.
 
     Only a short tail is decoded again for each token: from the start of the last emitted piece, so
     that tokenizers that treat the start of a text specially see what precedes.
@@ -292,8 +292,9 @@ class _Decoded:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.stopped = [False] * count
         self._on_token = on_token
-        streamed = on_token is not None and tokenizer is not None
-        self._streams = [TextStream(tokenizer) for _ in range(count)] if streamed else []
+        self._streams = []
+        if on_token is not None and tokenizer is not None:
+            self._streams = [TextStream(tokenizer) for _ in range(count)]
 
     def add(self, row: np.ndarray) -> bool:
         """Takes one id per prompt (-1 = ended); returns whether any prompt goes on."""

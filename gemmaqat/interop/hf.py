@@ -114,11 +114,11 @@ def read_pretrained(
         _check_memory(config, folder, mesh)
 
     graphdef, state = nnx.split(abstract_model(config))
-    flat = {}
-    for path, variable in nnx.to_flat_state(state):
-        name = "/".join(map(str, path))
+    flat: dict[Any, Any] = {}
+    for parts, variable in nnx.to_flat_state(state):
+        path = "/".join(map(str, parts))
         sharding = parameter_sharding(variable, mesh) if mesh else default_sharding()
-        flat[path] = variable.replace(_read(tensors, keys[name], name, variable, sharding))
+        flat[parts] = variable.replace(_read(tensors, keys[path], path, variable, sharding))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     size = sum(value.size * value.dtype.itemsize for value in jax.tree.leaves(flat))
     report = LoadReport(folder, len(keys), skipped, count_parameters(config), size)
@@ -263,8 +263,8 @@ def _read(tensors: SafetensorsFolder, key: str, path: str, leaf: Any, sharding: 
     transpose = is_transposed(path, stored.ndim)
     view = np.swapaxes(stored, -1, -2) if transpose else stored
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        return _copy(view[index], np.dtype(leaf.dtype), transposed=transpose)
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        return _copy(view[index or ()], np.dtype(leaf.dtype), transposed=transpose)
 
     array = jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
     file.forget(key)

@@ -166,11 +166,10 @@ def _optimizer_bytes(
         return first if optimizer.b1 else 0
     factored = 0
     for leaf in shapes.values():
-        *outer, rows, columns = (1, 1, *leaf.shape)
-        if min(rows, columns) >= 32:
-            factored += math.prod(outer) * (rows + columns) * 4
-        else:
-            factored += math.prod(leaf.shape) * 4
+        size, shape = math.prod(leaf.shape), leaf.shape
+        if len(shape) >= 2 and min(shape[-2:]) >= 32:
+            size = size // shape[-1] + size // shape[-2]  # one sum per row and per column
+        factored += size * 4
     return factored
 
 

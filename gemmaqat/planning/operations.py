@@ -15,12 +15,12 @@ _EFFICIENCY = 0.4
 
 def forward_operations(config: ModelConfig, *, length: int) -> int:
     """Operations of one forward pass per token, in sequences of `length` (a multiply-add is 2)."""
-    attention = 0
+    attention = 0.0
     for layer in range(config.num_layers):
         seen = (length + 1) / 2  # the mean number of keys of a causal query
         if config.is_sliding(layer) and length > config.sliding_window:
             window = config.sliding_window
-            seen = window - window * (window - 1) / (2 * length)
+            seen = window - window * (window - 1) / (2 * length)  # shorter at the start
         attention += 4 * seen * config.num_heads * config.layer_head_dim(layer)
     return int(2 * config.num_active_parameters + attention)
 
