@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmaqat.kernels import dispatch, reference
-from gemmaqat.kernels.layout import Layout, Levels, Order, pack_codes, unpack_codes
+from gemmaqat.kernels.layout import Layout, pack_codes, unpack_codes
+from gemmaqat.kernels.layout import Levels as Levels
+from gemmaqat.kernels.layout import Order as Order
 
 FORMAT_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""Packed products the obvious way: the whole float matrix, then one dot. For tests and small cases."""
+"""Packed products the obvious way: the whole float matrix, then one dot. The plain reference."""
 
 import jax
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemmaqat.kernels.layout import Levels
+from gemmaqat.packed import Levels
 
 ScaleRule = Literal["ggml", "absmax", "absmax_half", "mean_abs", "mse"]
 Rounding = Literal["even", "up", "away"]

@@ -1,0 +1,77 @@
+"""Named recipes: lists of rules for whole models.
+
+Every recipe keeps the router in float (its top-k decisions are discrete) and, without the suffix
+`_emb`, the token and per-layer embedding tables. Norms and scalars are no matrices and stay float
+by themselves.
+"""
+
+import difflib
+from typing import Any
+
+from gemmaqat.quantization.rule import Rule
+
+_ROUTER = Rule(name="router", module_path=r"(.*/)?router(/.*)?")
+_EMBEDDINGS = Rule(name="embeddings", module_path=r"(.*/)?embed[^/]*")
+
+_GRIDS: dict[str, dict[str, Any]] = {
+    "int8": dict(weight_qtype="int8", scale_rule="absmax"),
+    "int4_channel": dict(weight_qtype="int4", scale_rule="absmax"),
+    # Q4_0 with the codes chosen for the stored scale.
+    "q4_0": dict(weight_qtype="int4", tile_size=32, scale_rule="ggml", scale_dtype="float16"),
+    # ggml's own quantizers, bit for bit.
+    "q4_0_ggml": dict(
+        weight_qtype="int4",
+        tile_size=32,
+        scale_rule="ggml",
+        scale_dtype="float16",
+        round_scale="after",
+        rounding="up",
+    ),
+    "q8_0_ggml": dict(
+        weight_qtype="int8",
+        tile_size=32,
+        scale_rule="absmax",
+        scale_dtype="float16",
+        round_scale="after",
+        rounding="away",
+    ),
+    # compressed-tensors W4A16, group 32: absmax / 7.5 in the checkpoint's bfloat16.
+    "w4a16_g32": dict(
+        weight_qtype="int4", tile_size=32, scale_rule="absmax_half", scale_dtype="bfloat16"
+    ),
+    "int3_channel": dict(weight_qtype="int3", scale_rule="absmax"),
+    # The deployed 2-bit grid, codes -2..1; 1.4 was the best of the simple rules (0.8 to 1.8).
+    "int2_channel": dict(weight_qtype="int2", scale_rule="mean_abs", scale_factor=1.4),
+    "int2_mid_channel": dict(
+        weight_qtype="int2", levels="half", scale_rule="mean_abs", scale_factor=1.25
+    ),
+    "int2_block32": dict(
+        weight_qtype="int2", tile_size=32, scale_rule="mean_abs", scale_factor=1.4
+    ),
+    "ternary": dict(weight_qtype="ternary", scale_rule="mean_abs", scale_factor=1.53),
+}
+
+
+def _rules(name: str, grid: dict[str, Any], *, embeddings: bool) -> tuple[Rule, ...]:
+    kept = (_ROUTER,) if embeddings else (_ROUTER, _EMBEDDINGS)
+    return (*kept, Rule(name=name, **grid))
+
+
+RECIPES: dict[str, tuple[Rule, ...]] = (
+    {"none": (Rule(name="float"),)}
+    | {name: _rules(name, grid, embeddings=False) for name, grid in _GRIDS.items()}
+    | {f"{name}_emb": _rules(f"{name}_emb", grid, embeddings=True) for name, grid in _GRIDS.items()}
+)
+
+
+def recipe(name: str) -> tuple[Rule, ...]:
+    """The rules of a recipe.
+
+    Raises:
+        ValueError: no such recipe; the message names the nearest one and lists all.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"recipe {name!r} is unknown; {hint}Known: {', '.join(RECIPES)}.")
+    return RECIPES[name]

@@ -1,0 +1,204 @@
+"""`Rule`: which weights, and which grid. A qwix rule with more fields."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid
+
+QTYPES = ("int8", "int4", "int3", "int2", "ternary")
+INDIVISIBLE = ("error", "keep", "channel")
+
+# Fields of qwix rules that have no meaning here, with the values that ask for nothing.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "op_names": (((), []), "weights are quantized as parameters, not where an op reads them"),
+    "act_qtype": ((None,), "activations are not quantized by weight rules"),
+    "act_static_scale": ((None, False), "activations are not quantized by weight rules"),
+    "act_calibration_method": ((None, "absmax"), "activations are not quantized by weight rules"),
+    "act_batch_axes": (((0,), [0]), "activations are not quantized by weight rules"),
+    "bwd_qtype": ((None,), "gradients stay float"),
+    "bwd_calibration_method": (("absmax",), "gradients stay float"),
+    "bwd_weight_grad_tile_size": ((None,), "gradients stay float"),
+    "bwd_stochastic_rounding": ((None,), "gradients stay float"),
+    "channelwise_noise_axes": (((0,), [0]), "gradients stay float"),
+    "additional_qt_config": ((None,), "it configures qwix's own products"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Weights by module path, and what becomes of them.
+
+    The first six fields are qwix's and mean what they mean there; `module_path` is matched whole,
+    first match wins. A rule that sets nothing else gives qwix's codes.
+    """
+
+    module_path: str = ".*"  # regular expression for the whole path, e.g. r"layers/\d+/mlp/.*"
+    weight_qtype: Any = None  # int8 | int4 | int3 | int2 | ternary, or a dtype; None = stay float
+    tile_size: int | float | None = None  # block along the contraction axis; 1/n = n blocks;
+    #                                       None or 0 = one scale per channel
+    weight_calibration_method: str = "absmax"  # or "absmax,<factor>"
+    disable_channelwise_axes: bool = False  # one scale per matrix
+
+    name: str = ""  # shown in the table
+    levels: str = "full"  # full | half (2 bits: -1.5, -0.5, 0.5, 1.5)
+    scale_rule: str | None = None  # see Grid; None = qwix's, absmax_half
+    scale_factor: float = 1.0
+    scale_dtype: str = "float32"  # float32 | bfloat16 | float16
+    scale_bits: int | None = None
+    anchor: bool = False
+    round_scale: str = "before"  # before | after the codes are chosen
+    rounding: str = "even"  # even | up | away
+    indivisible: str = "error"  # a block that does not divide: error | keep (float) | channel
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.module_path)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"module_path={self.module_path!r} is not a regular expression: {error}."
+            ) from None
+        object.__setattr__(self, "weight_qtype", _qtype_name(self.weight_qtype))
+        if self.indivisible not in INDIVISIBLE:
+            raise ValueError(_not_one_of("indivisible", self.indivisible, INDIVISIBLE))
+        tile = self.tile_size
+        if isinstance(tile, bool) or not isinstance(tile, (int, float, type(None))):
+            raise ValueError(f"tile_size={tile!r} is not a number.")
+        if isinstance(tile, float) and not 0 < tile <= 1:
+            raise ValueError(
+                f"tile_size={tile} as a fraction of the axis must be above 0, at most 1."
+            )
+        if tile and self.disable_channelwise_axes:
+            raise ValueError("disable_channelwise_axes with a tile_size is not a grid known here.")
+        if self.weight_qtype is not None:
+            self.grid(length=None)  # the remaining fields are checked by the grid itself
+
+    def grid(self, length: int | None) -> Grid:
+        """The grid on a contraction axis of `length`, which only a fractional tile needs.
+
+        Raises:
+            ValueError: the fields do not make a grid.
+        """
+        scale_rule, factor = self._scale_rule()
+        ternary = self.weight_qtype == "ternary"
+        if ternary and self.levels not in ("full", "ternary"):
+            raise ValueError(f"levels={self.levels!r} does not go with weight_qtype='ternary'.")
+        return Grid(
+            bits=2 if ternary else int(self.weight_qtype[3:]),
+            block=self._block(length),
+            levels="ternary" if ternary else self.levels,  # type: ignore[arg-type]
+            scale_rule=scale_rule,  # type: ignore[arg-type]
+            scale_factor=factor,
+            scale_dtype=self.scale_dtype,
+            scale_bits=self.scale_bits,
+            anchor=self.anchor,
+            round_scale=self.round_scale,  # type: ignore[arg-type]
+            rounding=self.rounding,  # type: ignore[arg-type]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that differ from their defaults; `as_rule` reads them."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def _block(self, length: int | None) -> int:
+        if self.disable_channelwise_axes:
+            return TENSOR
+        if isinstance(self.tile_size, float):
+            if length is None or self.tile_size == 1.0:
+                return CHANNEL
+            return round(length * self.tile_size)
+        return self.tile_size or CHANNEL
+
+    def _scale_rule(self) -> tuple[str, float]:
+        """The scale rule and factor, from qwix's calibration string or from our own fields."""
+        method, *arguments = self.weight_calibration_method.lower().split(",")
+        if method in ("minmax", "rms", "fixed"):
+            raise ValueError(
+                f"weight_calibration_method={self.weight_calibration_method!r} is not supported: "
+                "grids are symmetric and their scale comes from the block itself; use 'absmax' or "
+                "one of our scale_rule values: ggml, absmax, absmax_half, mean_abs, mse."
+            )
+        if method != "absmax" or len(arguments) > 1:
+            raise ValueError(
+                f"weight_calibration_method={self.weight_calibration_method!r} is not 'absmax' or "
+                "'absmax,<factor>'."
+            )
+        if not arguments:
+            return self.scale_rule or "absmax_half", self.scale_factor
+        if self.scale_rule is not None or self.scale_factor != 1.0:
+            raise ValueError(
+                f"weight_calibration_method={self.weight_calibration_method!r} and scale_rule/"
+                "scale_factor both set the scale; keep one of them."
+            )
+        try:
+            return "absmax_half", float(arguments[0])
+        except ValueError:
+            raise ValueError(
+                f"weight_calibration_method={self.weight_calibration_method!r}: "
+                f"{arguments[0]!r} is not a number."
+            ) from None
+
+
+def as_rule(source: Any, *, where: str) -> Rule:
+    """A `Rule` from a `Rule`, a mapping of its fields, or a qwix `QuantizationRule`.
+
+    Args:
+        source: the rule.
+        where: how to name it in an error, e.g. `quantization.rules[1]`.
+
+    Raises:
+        ValueError: an unknown field or value (with the nearest name), or a qwix field that cannot
+            be honoured.
+        TypeError: not a rule at all.
+    """
+    if isinstance(source, Rule):
+        return source
+    if dataclasses.is_dataclass(source) and not isinstance(source, type):
+        source = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    if not isinstance(source, Mapping):
+        raise TypeError(f"{where}: expected a rule (a dict of its fields), found {source!r}.")
+    fields = [f.name for f in dataclasses.fields(Rule)]
+    kept = {}
+    for key, value in source.items():
+        if key in _REFUSED:
+            harmless, reason = _REFUSED[key]
+            if value not in harmless:
+                raise ValueError(f"{where}: {key}={value!r} cannot be honoured: {reason}.")
+        elif key not in fields:
+            near = difflib.get_close_matches(key, [*fields, *_REFUSED], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}."
+            raise ValueError(f"{where}: no field {key!r}; {hint}")
+        else:
+            kept[key] = value
+    try:
+        return Rule(**kept)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _qtype_name(qtype: Any) -> str | None:
+    """The canonical name of an integer type, from a name or a dtype."""
+    if qtype is None:
+        return None
+    if not isinstance(qtype, str):
+        try:
+            qtype = jnp.dtype(qtype).name
+        except TypeError:
+            raise ValueError(_not_one_of("weight_qtype", qtype, QTYPES)) from None
+    if qtype not in QTYPES:
+        raise ValueError(_not_one_of("weight_qtype", qtype, QTYPES))
+    return qtype
+
+
+def _not_one_of(field: str, found: Any, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(found), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{field}={found!r} is not one of {', '.join(known)}{hint}"

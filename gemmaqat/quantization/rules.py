@@ -1,0 +1,162 @@
+"""Rules to table: the first rule that matches a parameter's module decides, and every one is told.
+
+The counterpart in qwix matches rules where ops run; here they match parameters, so nothing can be
+missed: each parameter is quantized by a named rule or listed with the reason why it is not.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from gemmaqat.packed import Order
+from gemmaqat.quantization import trees
+from gemmaqat.quantization.grids import LARGEST_BLOCK, SMALLEST_BLOCK, Grid
+from gemmaqat.quantization.recipes import recipe
+from gemmaqat.quantization.rule import Rule as Rule
+from gemmaqat.quantization.rule import as_rule as as_rule
+from gemmaqat.quantization.table import Entry as Entry
+from gemmaqat.quantization.table import Table as Table
+from gemmaqat.typing import Params
+
+WEIGHT_NAMES = ("weight", "kernel", "embedding")
+
+
+def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) -> Table:
+    """What happens to every parameter. Arrays may be abstract: nothing is computed.
+
+    Args:
+        rules_or_recipe: a recipe's name, a rule, or a sequence of rules (`Rule`, a dict of its
+            fields, or a qwix rule).
+        params: an NNX model, an `nnx.State`, or a nested dict. `nnx.Param` metadata
+            `contraction_axis` says which axis is contracted (-2 otherwise, -1 for a leaf named
+            `embedding`), `gather_only` that rows are only ever read.
+        rules: tried before `rules_or_recipe`; first match wins.
+
+    Raises:
+        ValueError: an unknown recipe, field or value; a rule that matches nothing; a block that
+            does not divide its axis.
+    """
+    own = [as_rule(rule, where=f"quantization.rules[{i}]") for i, rule in enumerate(rules)]
+    named = isinstance(rules_or_recipe, str)
+    if named:
+        following = list(recipe(rules_or_recipe))
+    else:
+        if not isinstance(rules_or_recipe, Sequence):
+            rules_or_recipe = (rules_or_recipe,)
+        following = [
+            as_rule(rule, where=f"quantization.rules[{len(own) + i}]")
+            for i, rule in enumerate(rules_or_recipe)
+        ]
+    chain = own + following
+    weights = trees.weights(params)
+    entries = tuple(_resolve_one(path, *weights[path], chain) for path in weights)
+    # A recipe is written for all models, so its rules may find nothing in one of them.
+    _expect_all_used(own if named else chain, chain, entries)
+    return Table(
+        entries, tuple(_in_words(rule) for rule in chain), rules_or_recipe if named else ""
+    )
+
+
+def _resolve_one(path: str, value: Any, metadata: Mapping[str, Any], chain: list[Rule]) -> Entry:
+    module, _, name = path.rpartition("/")
+    axis = metadata.get("contraction_axis", -1 if name == "embedding" else -2)
+    order: Order = "rows" if metadata.get("gather_only") else "contract"
+    entry = dict(
+        path=path,
+        shape=tuple(value.shape),
+        dtype=jnp.dtype(value.dtype).name,
+        axis=axis,
+        order=order,
+    )
+    reason = _no_candidate(name, value)
+    if reason:
+        return Entry(**entry, reason=reason)
+    for number, rule in enumerate(chain):
+        if re.fullmatch(rule.module_path, module):
+            grid, reason = _grid(rule, number, path, value.shape, axis)
+            return Entry(**entry, rule=number, rule_name=rule.name or "", grid=grid, reason=reason)
+    return Entry(**entry, reason="no rule matches")
+
+
+def _no_candidate(name: str, value: Any) -> str:
+    """Why no rule can quantize this parameter; "" if one can."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"not a float array ({value.dtype})"
+    if len(value.shape) < 2:
+        return f"no matrix (rank {len(value.shape)}: a norm, scale or bias)"
+    if name not in WEIGHT_NAMES:
+        return f"no weight (its name is {name!r}, not {', '.join(WEIGHT_NAMES)})"
+    return ""
+
+
+def _grid(
+    rule: Rule, number: int, path: str, shape: tuple[int, ...], axis: int
+) -> tuple[Grid | None, str]:
+    """The grid a rule gives a parameter, or None and the reason."""
+    if rule.weight_qtype is None:
+        return None, f"kept by rule {number}" + (f" ({rule.name})" if rule.name else "")
+    length = shape[axis]
+    try:
+        grid = rule.grid(length)
+    except ValueError as error:
+        raise ValueError(f"quantization.rules[{number}] on {path} {shape}: {error}") from None
+    if grid.block <= 0 or length % grid.block == 0:
+        return grid, ""
+    if rule.indivisible == "keep":
+        return None, f"kept by rule {number}: block {grid.block} does not divide {length}"
+    if rule.indivisible == "channel":
+        return Rule(**rule.to_json() | {"tile_size": 0}).grid(length), ""
+    blocks = [
+        b for b in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1, SMALLEST_BLOCK) if length % b == 0
+    ]
+    raise ValueError(
+        f"quantization.rules[{number}]: tile_size={grid.block} does not divide axis {axis} "
+        f"(length {length}) of {path} {shape}; possible blocks: "
+        f"{', '.join(map(str, blocks)) or 'none, use 0 (per channel)'}. Or set "
+        "indivisible='channel' or 'keep'."
+    )
+
+
+def _expect_all_used(asked: list[Rule], chain: list[Rule], entries: tuple[Entry, ...]) -> None:
+    """A rule somebody wrote must decide something."""
+    used = {entry.rule for entry in entries}
+    candidates = {
+        entry.path.rpartition("/")[0]: entry for entry in entries if entry.rule is not None
+    }
+    modules = {entry.path.rpartition("/")[0] for entry in entries}
+    for number, rule in enumerate(chain):
+        if number in used or not any(rule is one for one in asked):
+            continue
+        matched = [m for m in sorted(modules) if re.fullmatch(rule.module_path, m)]
+        where = f"quantization.rules[{number}]: module_path={rule.module_path!r}"
+        taken = [m for m in matched if m in candidates]
+        if taken:
+            raise ValueError(
+                f"{where} matches only modules that earlier rules decide (first: {taken[0]}, by "
+                f"rule {candidates[taken[0]].rule}); move it up or remove it."
+            )
+        if matched and rule.weight_qtype is None:
+            continue
+        if matched:
+            raise ValueError(
+                f"{where} matches only parameters that are never quantized (first: {matched[0]})."
+            )
+        raise ValueError(f"{where} matches nothing; nearest paths: {_nearest(rule, modules)}.")
+
+
+def _nearest(rule: Rule, modules: set[str]) -> str:
+    """Three module paths that look most like a pattern."""
+    plain = re.sub(r"\\d[+*]?", "0", rule.module_path)
+    plain = re.sub(r"[\\^$()?*+|\[\].]", "", plain)
+    near = difflib.get_close_matches(plain, sorted(modules), n=3, cutoff=0.0)
+    return ", ".join(near) or "none (the tree is empty)"
+
+
+def _in_words(rule: Rule) -> str:
+    fields = rule.to_json()
+    what = "float" if rule.weight_qtype is None else rule.weight_qtype
+    rest = ", ".join(f"{k}={v!r}" for k, v in fields.items() if k not in ("weight_qtype",))
+    return f"{what} ({rest})"
