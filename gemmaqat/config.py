@@ -239,7 +239,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build(cls: type, values: Mapping[str, Any], *, prefix: str) -> Any:
+def _build(cls: type, values: Mapping[str, Any] | ConfigDict, *, prefix: str) -> Any:
     """A frozen dataclass from a mapping, recursively; every problem names its field."""
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
