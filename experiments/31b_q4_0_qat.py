@@ -3,7 +3,7 @@
 Large models lose less to 4 bits, so measure before training: `plan` for the memory, then the
 comparison's round-to-nearest arm, then QAT.
 
-Expected: not measured yet at this size.
+Expected: not measured at this size.
 Cost (estimate): 390 GB. Training spans one device so far, so this size waits for sharded training
 or for a machine with as much memory; 6 H100-hours' worth of operations at 40 % of its peak.
 
@@ -22,7 +22,7 @@ def get_config(size: str = "31b"):
     cfg.data.source = "files"
     cfg.data.files = (dict(path="corpus/*.jsonl"),)
     cfg.data.tokenizer = "checkpoints/gemma-4-31b"
-    cfg.quantization.recipe = "q4_0"
+    cfg.quantization.recipe = "q4_0_emb"
     cfg.train.method = "qat"
     cfg.train.num_steps = 1_000
     cfg.optimizer.name = "adafactor"

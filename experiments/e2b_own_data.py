@@ -25,7 +25,7 @@ def get_config(size: str = "e2b"):
     cfg.data.files = (dict(path="chats/*.jsonl"),)
     cfg.data.tokenizer = "checkpoints/gemma-4-e2b-it"
     cfg.data.prompt_weight = 0.0  # replies only
-    cfg.quantization.recipe = "q4_0"
+    cfg.quantization.recipe = "q4_0_emb"
     cfg.train.method = "qat"
     cfg.train.num_steps = 1_000
     cfg.train.start_step = 200

@@ -3,8 +3,7 @@ r"""Can E4B's 4-bit weights in groups of 32 (w4a16) be pulled back onto the floa
 Distillation asks for the float model's probabilities instead of the text's next token, so the
 result is judged by KL to the original, not by what it learned from the text.
 
-Expected: not measured yet at this size. In miniature the distilled arm keeps about a third of the
-round-to-nearest KL of per-channel int4.
+Expected: not measured at this size; bits_ladder.py asks the same of a miniature.
 Cost (estimate): 157 GB (one 180 GB accelerator), 1.1 H100-hours at 40 % of its peak.
 
     gemmaqat train --config=experiments/e4b_w4a16_distill.py --workdir=runs/e4b_w4a16 \
@@ -22,7 +21,7 @@ def get_config(size: str = "e4b"):
     cfg.data.source = "files"
     cfg.data.files = (dict(path="corpus/*.jsonl"),)
     cfg.data.tokenizer = "checkpoints/gemma-4-e4b"
-    cfg.quantization.recipe = "w4a16_g32"
+    cfg.quantization.recipe = "w4a16_g32_emb"
     cfg.train.method = "distill"
     cfg.train.num_steps = 1_000
     cfg.train.accumulation_steps = 16
