@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,31 @@ def compare(options: Any) -> None:
 
 
 def evaluate(options: Any) -> None:
-    """Judges a checkpoint, in float and quantized by the config's recipe, on the hold-out."""
-    from gemmaqat.evaluation import evaluate as evaluation
+    """Judges a checkpoint on the hold-out, in float and quantized by the config's recipe."""
+    from flax import nnx
+
+    from gemmaqat.evaluation.evaluate import FOLDER, Evaluator
 
     experiment = _experiment(options)
-    print(evaluation.evaluate(experiment, _workdir(options), progress=_progress()))
+    source = options.checkpoint or experiment.model.checkpoint or options.workdir
+    if not source:
+        raise ValueError(
+            "--checkpoint: missing; name a Hugging Face folder or a work directory of a training."
+        )
+    model = _load_model(source, experiment)
+    graphdef, params = nnx.split(model)
+    recipe = experiment.quantization.recipe
+    evaluator = Evaluator(graphdef, experiment, references=("float",))
+    references = [evaluator.reference("float", params)]
+    arms = {"float": None}
+    if recipe != "none":
+        arms[recipe] = _resolve(experiment, model.config)
+    scores = {}
+    for name, table in arms.items():
+        scores[name] = evaluator.score(params, table, references=references)
+        if options.workdir:
+            scores[name].save(Path(options.workdir) / FOLDER / name)
+    print(_columns({name: score.metrics for name, score in scores.items()}))
 
 
 def quantize(options: Any) -> None:
@@ -281,6 +301,17 @@ def _stop_ids(source: Path, tokenizer: Any) -> list[int]:
     path = source / "generation_config.json"
     named = json.loads(path.read_text()).get("eos_token_id", []) if path.is_file() else []
     return sorted({tokenizer.eos_id, *(named if isinstance(named, list) else [named])})
+
+
+def _columns(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """One row per metric, one column per model."""
+    names = dict.fromkeys(key for column in metrics.values() for key in column)
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"  {title:>14}" for title in metrics)]
+    for name in names:
+        cells = (column.get(name, float("nan")) for column in metrics.values())
+        lines.append(f"{name:<{width}}" + "".join(f"  {value:>14.6g}" for value in cells))
+    return "\n".join(lines)
 
 
 def _packed_bytes(model: Any, kind: type) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from gemmaqat.data.tokenizer import Tokenizer
 from gemmaqat.models.config import ModelConfig
 
 _PREFILL_CHUNK = 1024  # longest piece of a prompt that goes through the model at once
@@ -24,18 +25,6 @@ _SHORTEST_CHUNK = 16
 _CACHE_STEP = 128  # cache lengths are multiples of it
 
 OnToken = Callable[[int, int, str], None]  # prompt number, token id, text that became complete
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; an incomplete character decodes to U+FFFD."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +70,7 @@ def generate(
 
     Args:
         model: a `Gemma4`, float or converted to packed weights.
-        prompts: texts (with a tokenizer) or lists of token ids.
+        prompts: texts (with a tokenizer; they begin with exactly one <bos>) or lists of token ids.
         tokenizer: encodes text prompts and decodes what is generated.
         max_new_tokens: most tokens generated per prompt.
         temperature: divides the logits; 0 takes the most likely token.
@@ -324,7 +313,9 @@ def _encode(prompts: Sequence[Any], tokenizer: Tokenizer | None) -> list[list[in
                 raise TypeError(
                     "prompts: texts need a tokenizer; pass tokenizer=..., or lists of token ids."
                 )
-            prompt = tokenizer.encode(prompt)
+            prompt = list(tokenizer.encode(prompt, where=f"prompts[{len(ids)}]"))
+            if prompt[:1] != [tokenizer.bos_id]:  # a chat template has written it already
+                prompt.insert(0, tokenizer.bos_id)
         ids.append([int(token) for token in prompt])
     return ids
 

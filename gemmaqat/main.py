@@ -78,8 +78,8 @@ _VERBS = {
     ),
     "evaluate": _Verb(
         commands.evaluate,
-        ("config", "workdir", "tiny"),
-        "--config=experiments/quickstart.py --workdir=runs/quickstart",
+        ("config", "workdir", "checkpoint", "tiny"),
+        "--config=experiments/quickstart.py --checkpoint=runs/short",
     ),
     "quantize": _Verb(
         commands.quantize,

@@ -42,9 +42,7 @@ class Plan:
         """The plan for a terminal."""
         device = jax.devices()[0]
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
-        verdict = (
-            "fits" if self.fits else "does NOT fit; try remat=full, a smaller batch, adafactor"
-        )
+        verdict = "fits" if self.fits else "does NOT fit; " + _remedies(self.config)
         kind, config = device.device_kind, self.config
         return "\n".join(
             (
@@ -95,6 +93,13 @@ def _plan(experiment: Experiment, config: ModelConfig, operations: int) -> Plan:
         operations=operations,
         seconds=estimate_seconds(operations, speed=speed),
     )
+
+
+def _remedies(config: ModelConfig) -> str:
+    ways = ["optimizer.name=adafactor", "more train.accumulation_steps", "a shorter sequence"]
+    if config.remat == "none":
+        ways.insert(0, "model.remat=full")
+    return f"try {', '.join(ways)}, or a smaller size"
 
 
 def _length(config: ModelConfig) -> int:
