@@ -1,0 +1,301 @@
+"""Pictures of a comparison, as matplotlib figures: for notebooks and for the report."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gemmaqat.evaluation.results import (
+    FLOAT_ARMS,
+    LABELS,
+    NO_RECIPE,
+    QUANTIZED_ARMS,
+    Results,
+)
+
+# Ink and lines readable on white and on black; the report turns the ink into the page's own.
+INK = "#6f7680"
+_GRID = "#8a919b"
+# Told apart by people with any colour vision (Okabe and Ito), and by shape.
+COLORS = {
+    "float": "#8a919b",
+    "continued": "#b08fc7",
+    "ptq": "#d55e00",
+    "control": "#e69f00",
+    "qat": "#2f86c6",
+    "distill": "#1a9e77",
+}
+_MARKERS = {"float": "_", "continued": "_", "ptq": "X", "control": "s", "qat": "o", "distill": "D"}
+
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": _GRID,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": _GRID,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+}
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    def styled(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    styled.__doc__, styled.__name__ = draw.__doc__, draw.__name__
+    return styled
+
+
+@_styled
+def quality_against_bits(found: Results) -> Figure:
+    """Answer perplexity against stored bits per weight, one panel per size, all arms and seeds."""
+    sizes = _sizes(found)
+    columns = min(3, len(sizes))
+    rows = -(-len(sizes) // columns)
+    figure = Figure(figsize=(max(6.4, 3.5 * columns), 0.5 + 3.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(sizes) :]:
+        axes.set_visible(False)
+    for axes, size in zip(panels.flat, sizes, strict=False):
+        records = [r for r in found.records if r["size"] == size]
+        base = [r["metrics"]["answer_perplexity"] for r in records if r["arm"] == "float"]
+        axes.axhline(float(np.mean(base)), color=COLORS["float"], linewidth=1.2, linestyle="--")
+        axes.set(title=size, xlabel="bits per weight, all parameters", yscale="log")
+        axes.grid(True)
+        _jitter_arms(axes, [r for r in records if r["arm"] in QUANTIZED_ARMS])
+        _plain_log_ticks(axes)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("answer perplexity (lower is better)")
+    _legend(figure, ("float", *QUANTIZED_ARMS))
+    return figure
+
+
+def _jitter_arms(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """Dots with intervals; arms of one recipe share their bits, so they stand side by side."""
+    recipes = list(dict.fromkeys(r["recipe"] for r in records))
+    bits = {r["recipe"]: r["metrics"]["bits_per_weight"] for r in records}
+    span = max(bits.values()) - min(bits.values()) or 1.0
+    step = span / 14 / max(1, len(recipes) - 1)
+    for record in records:
+        place = list(QUANTIZED_ARMS).index(record["arm"]) - 1.5
+        x = bits[record["recipe"]] + place * step
+        _dot(axes, x, record, "answer_perplexity", vertical=True)
+    axes.set_xticks(
+        [bits[name] for name in recipes], [f"{bits[name]:.2f}\n{name}" for name in recipes]
+    )
+    axes.margins(x=0.15)
+
+
+@_styled
+def recovery_by_size(found: Results) -> Figure:
+    """How much of the PTQ damage each arm removed, the control beside it, in perplexity and KL."""
+    groups = list(
+        dict.fromkeys((r["size"], r["recipe"]) for r in found.records if r["arm"] == "ptq")
+    )
+    arms = [arm for arm in QUANTIZED_ARMS if arm != "ptq"]
+    height = 1.2 + 0.28 * (len(arms) + 1) * len(groups)
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"recovery": "of the perplexity damage", "kl_recovery": "of the KL to the float base"}
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        axes.axvline(0, color=_GRID, linewidth=1)
+        axes.axvline(100, color=_GRID, linewidth=1, linestyle="--")
+        axes.grid(True, axis="x")
+        axes.set(title=title, xlabel="recovered, % (0: as PTQ, 100: as the float base)")
+        for index, (size, recipe) in enumerate(groups):
+            chosen = [r for r in found.records if (r["size"], r["recipe"]) == (size, recipe)]
+            for record in chosen:
+                if record["arm"] not in arms:
+                    continue
+                y = index * (len(arms) + 1) + arms.index(record["arm"])
+                if metric in record["metrics"]:
+                    _dot(axes, y, record, metric, vertical=False, scale=100)
+                else:
+                    axes.text(2, y, record["notes"][metric], va="center", fontsize=8)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -210), min(max(high, 105), 260))
+    middle = [index * (len(arms) + 1) + (len(arms) - 1) / 2 for index in range(len(groups))]
+    panels[0].set_yticks(middle, [f"{size}\n{recipe}" for size, recipe in groups])
+    panels[0].tick_params(axis="y", length=0)
+    panels[0].invert_yaxis()
+    _legend(figure, arms)
+    return figure
+
+
+@_styled
+def loss_curves(found: Results, size: str, seed: int) -> Figure:
+    """Training losses of the base and the arms of one size, and their ends enlarged."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    whole, ends, kl = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    base = _curve(found, (size, NO_RECIPE, "float", seed))
+    base_steps = base[0][-1] if len(base[0]) else 0
+    whole.plot(*base, color=COLORS["float"], linewidth=1.4)
+    styles = dict(zip(_recipes(found), ("-", "--", ":", "-."), strict=False))
+    for key in found.curves:
+        key_size, recipe, arm, key_seed = key
+        if (key_size, key_seed) != (size, seed) or arm == "float":
+            continue
+        steps, losses = _curve(found, key)
+        line = dict(color=COLORS[arm], linewidth=1.4, linestyle=styles.get(recipe, "-"))
+        if arm == "distill":
+            kl.plot(base_steps + steps, losses, **line)
+            continue
+        for axes in (whole, ends):
+            axes.plot(base_steps + steps, losses, **line)
+    whole.set(title="next-token loss", xlabel="step", ylabel="nats per token", yscale="log")
+    _plain_log_ticks(whole)
+    ends.set(title="its end: the arms", xlabel="step")
+    kl.set(title="distillation: KL to the base", xlabel="step", yscale="log")
+    for axes in (whole, ends, kl):
+        axes.grid(True)
+    trained = [arm for arm in LABELS if any(key[2] == arm for key in found.curves)]
+    _legend(figure, trained, lines=styles)
+    return figure
+
+
+@_styled
+def layer_errors(found: Results, size: str, seed: int) -> Figure:
+    """Relative RMS error of every quantized weight against its own master: layer by module."""
+    rows = [r for r in found.layer_errors if (r["size"], r["seed"]) == (size, seed)]
+    recipes, arms = list(dict.fromkeys(r["recipe"] for r in rows)), ("ptq", "qat", "distill")
+    arms = tuple(arm for arm in arms if any(r["arm"] == arm for r in rows))
+    modules = sorted({_module(r["layer"]) for r in rows}, key=_module_order)
+    layers = sorted({_layer(r["layer"]) for r in rows})
+    height = 0.9 + len(recipes) * (0.6 + 0.21 * len(modules))
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    panels = figure.subplots(len(recipes), len(arms), squeeze=False, sharex=True, sharey=True)
+    for line, recipe in zip(panels, recipes, strict=True):
+        here = [r for r in rows if r["recipe"] == recipe]
+        values = [100 * r["error"] for r in here]
+        for axes, arm in zip(line, arms, strict=True):
+            grid = np.full((len(modules), len(layers)), np.nan)
+            for r in here:
+                if r["arm"] == arm:
+                    place = modules.index(_module(r["layer"])), layers.index(_layer(r["layer"]))
+                    grid[place] = 100 * r["error"]
+            image = axes.imshow(
+                grid, aspect="auto", cmap="viridis", vmin=min(values), vmax=max(values)
+            )
+            axes.set_title(f"{recipe}: {LABELS[arm]}")
+            _write_cells(axes, grid, bright=(min(values) + max(values)) / 2)
+            axes.set_yticks(range(len(modules)), modules, fontsize=8)
+            axes.set_xticks(range(len(layers)), ["-" if n < 0 else str(n) for n in layers])
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+        figure.colorbar(image, ax=list(line), label="error, %", shrink=0.9)
+    for axes in panels[-1]:
+        axes.set_xlabel("layer")
+    return figure
+
+
+def _write_cells(axes: Axes, grid: np.ndarray, *, bright: float) -> None:
+    """Numbers in the cells, where there is room for them."""
+    if grid.shape[1] > 10:
+        return
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            color = "#101418" if value > bright else "#f4f6f8"
+            axes.text(
+                column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=color
+            )
+
+
+def _dot(
+    axes: Axes,
+    place: float,
+    record: dict[str, Any],
+    metric: str,
+    *,
+    vertical: bool,
+    scale: float = 1,
+) -> None:
+    value = scale * record["metrics"][metric]
+    low, high = (scale * bound for bound in record["intervals"][metric])
+    # Percentile intervals of ratios can lie to one side of the estimate.
+    error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+    x, y = (place, value) if vertical else (value, place)
+    axes.errorbar(
+        x,
+        y,
+        **{"yerr" if vertical else "xerr": error},
+        color=COLORS[record["arm"]],
+        marker=_MARKERS[record["arm"]],
+        markersize=6,
+        linewidth=1.4,
+    )
+
+
+def _legend(figure: Figure, arms: Iterable[str], *, lines: dict[str, str] | None = None) -> None:
+    """Arms by colour and shape; with `lines`, recipes by line style."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for arm in arms:
+        shape = dict(linestyle="-") if lines else dict(marker=_MARKERS[arm], linestyle="none")
+        if arm in FLOAT_ARMS:
+            shape = dict(linestyle="-" if lines else "--")
+        handles.append(Line2D([], [], color=COLORS[arm], label=LABELS[arm], **shape))
+    for recipe, style in (lines or {}).items():
+        handles.append(Line2D([], [], color=INK, linestyle=style, label=recipe))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """1, 2, 5, 10 in plain numbers: perplexities span less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _sizes(found: Results) -> list[str]:
+    return list(dict.fromkeys(r["size"] for r in found.records))
+
+
+def _recipes(found: Results) -> list[str]:
+    return list(dict.fromkeys(r["recipe"] for r in found.records if r["recipe"] != NO_RECIPE))
+
+
+def _curve(found: Results, key: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and training losses of one arm; both empty for one that was not trained here."""
+    points = [(r["step"], r["train/loss"]) for r in found.curves.get(key, ()) if "train/loss" in r]
+    return tuple(np.asarray(points, float).reshape(-1, 2).T)  # type: ignore[return-value]
+
+
+def _layer(path: str) -> int:
+    """Index of the layer in a module path; -1 for modules outside the layers."""
+    found = re.match(r"layers/(\d+)/", path)
+    return int(found[1]) if found else -1
+
+
+def _module(path: str) -> str:
+    """`q_proj` of `layers/3/self_attn/q_proj`; experts keep their prefix."""
+    inner = re.sub(r"^layers/\d+/", "", path)
+    return re.sub(r"^(self_attn|mlp)/", "", inner)
+
+
+def _module_order(module: str) -> tuple[int, str]:
+    """In the order of the computation."""
+    order = ("embed", "per_layer_model", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate",
+             "up", "down", "experts", "per_layer")  # fmt: skip
+    return next((i for i, start in enumerate(order) if module.startswith(start)), 99), module
