@@ -199,7 +199,11 @@ def from_arrays(arrays: dict[str, Any], metadata: dict[str, Any]) -> PackedTenso
             "use the version of gemmaqat that wrote it."
         )
     transposed = bool(fields.pop("transposed"))
-    packed = PackedTensor(arrays["words"], arrays["scales"], Layout(**fields), transposed)
+    words, scales = (
+        jnp.asarray(a) if isinstance(a, np.ndarray) else a
+        for a in (arrays["words"], arrays["scales"])
+    )
+    packed = PackedTensor(words, scales, Layout(**fields), transposed)
     axis = -2 if packed.order == "contract" else -1
     found = (packed.words.shape[axis], packed.scales.shape[axis])
     expected = (packed.layout.num_words, packed.layout.num_blocks)

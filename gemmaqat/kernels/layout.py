@@ -9,6 +9,7 @@ codes of consecutive `K`, little end first: code j in bits `[j * bits, (j + 1) *
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -52,6 +53,7 @@ class Layout:
         return int(np.lcm(self.codes_per_word, self.block or 1))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def pack_codes(codes: Int[Array, "... K N"], layout: Layout) -> UInt32[Array, "... A B"]:
     """Packs codes into words in the order of the layout."""
     per_word = layout.codes_per_word
@@ -65,6 +67,7 @@ def pack_codes(codes: Int[Array, "... K N"], layout: Layout) -> UInt32[Array, ".
     return words if layout.order == "contract" else words.mT
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def unpack_codes(words: UInt32[Array, "... A B"], layout: Layout) -> Int[Array, "... K N"]:
     """The int8 codes, padding removed, as `[..., K, N]` whatever the order."""
     if layout.order == "rows":

@@ -1,5 +1,7 @@
 """Packed products the obvious way: the whole float matrix, then one dot. The plain reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
@@ -9,6 +11,7 @@ from gemmaqat.kernels.layout import Layout
 from gemmaqat.kernels.ragged import ragged_matmul as float_ragged_matmul
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def dequantize(
     words: UInt32[Array, "... A B"], scales: Float[Array, "... C D"], layout: Layout
 ) -> Float[Array, "... K N"]:

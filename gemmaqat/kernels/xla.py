@@ -38,7 +38,8 @@ def _matmul_forward(x, words, scales, layout):
 
 
 def _matmul_backward(layout, saved, g):
-    return _product(g, *saved, layout, transposed=True), None, None
+    words, scales = saved
+    return _product(g, words, scales, layout, transposed=True), None, None
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -60,12 +61,14 @@ def _transposed_forward(x, words, scales, layout):
 
 
 def _transposed_backward(layout, saved, g):
-    return _product(g, *saved, layout, transposed=False), None, None
+    words, scales = saved
+    return _product(g, words, scales, layout, transposed=False), None, None
 
 
 matmul_transposed.defvjp(_transposed_forward, _transposed_backward)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def gather(
     ids: Int[Array, "..."],
     words: UInt32[Array, "A B"],
@@ -103,12 +106,15 @@ def _ragged_forward(x, words, scales, group_sizes, layout):
 
 
 def _ragged_backward(layout, saved, g):
-    return _ragged_product(g, *saved, layout, transposed=True), None, None, None
+    words, scales, group_sizes = saved
+    dx = _ragged_product(g, words, scales, group_sizes, layout, transposed=True)
+    return dx, None, None, None
 
 
 ragged_matmul.defvjp(_ragged_forward, _ragged_backward)
 
 
+@functools.partial(jax.jit, static_argnames=("layout", "transposed"))
 def _ragged_product(x, words, scales, group_sizes, layout: Layout, *, transposed: bool) -> Array:
     """Tile after tile of rows, each times the matrix of its group."""
     num_rows = x.shape[0]
@@ -126,6 +132,7 @@ def _ragged_product(x, words, scales, group_sizes, layout: Layout, *, transposed
     return jax.lax.scan(one_tile, jnp.zeros((num_rows, width), x.dtype), (groups, rows))[0]
 
 
+@functools.partial(jax.jit, static_argnames=("layout", "transposed"))
 def _product(x, words, scales, layout: Layout, *, transposed: bool) -> Array:
     """`x @ W` or `x @ W.T`: a loop over tiles of the output, inside it one over the contraction."""
     num_columns = _num_columns(words, layout)

@@ -26,8 +26,8 @@ def convert(
         table: resolved for this model.
         codes: by path, codes and scales that a method found; the others are rounded to nearest.
     """
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, convert_params(params, table, codes=codes), rest)
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graph, convert_params(params, table, codes=codes), *rest)
 
 
 def convert_params(

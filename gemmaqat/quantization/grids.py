@@ -180,15 +180,20 @@ def fake_quantize_array(w: Float[Array, "..."], grid: Grid, axis: int = -2) -> F
     The straight-through estimator (Bengio et al., 2013, arXiv 1308.3432) without a clip: the scale
     is a constant of the gradient, and weights beyond the range keep theirs.
     """
-    blocks = _blocks(w.astype(jnp.float32), grid, axis)
-    scale, stored = _scales(blocks, grid, axis)
-    value = _level(_encode(blocks, scale, grid), grid) * stored
-    return value.reshape(w.shape).astype(w.dtype)
+    return _nearest(w, grid, axis)
 
 
 @fake_quantize_array.defjvp
 def _straight_through(grid, axis, primals, tangents):
     return fake_quantize_array(primals[0], grid, axis), tangents[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nearest(w: Array, grid: Grid, axis: int) -> Array:
+    blocks = _blocks(w.astype(jnp.float32), grid, axis)
+    scale, stored = _scales(blocks, grid, axis)
+    value = _level(_encode(blocks, scale, grid), grid) * stored
+    return value.reshape(w.shape).astype(w.dtype)
 
 
 def _blocks(w: Array, grid: Grid, axis: int) -> Array:

@@ -19,8 +19,8 @@ def weights(params: Params) -> dict[str, tuple[Any, Mapping[str, Any]]]:
 def map_weights(function: Callable[[str, Any], Any], params: Params) -> Params:
     """The same tree with `function(path, array)` in the place of every parameter."""
     if isinstance(params, nnx.Module):
-        graph, state, rest = nnx.split(params, nnx.Param, ...)
-        return nnx.merge(graph, map_weights(function, state), rest)
+        graph, state, *rest = nnx.split(params, nnx.Param, ...)
+        return nnx.merge(graph, map_weights(function, state), *rest)
 
     def one(keys: Any, leaf: Any) -> Any:
         value = function(_path(keys), _open(leaf)[0])
