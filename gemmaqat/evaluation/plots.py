@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from gemmaqat.evaluation.results import (
     FLOAT_ARMS,
@@ -30,6 +32,9 @@ COLORS = {
     "distill": "#1a9e77",
 }
 _MARKERS = {"float": "_", "continued": "_", "ptq": "X", "control": "s", "qat": "o", "distill": "D"}
+
+_WIDTH = 9.6  # inches, of every figure
+_RECOVERIES = (-125, 145)  # percent; what lies outside is written at the edge
 
 _STYLE = {
     "figure.facecolor": "none",
@@ -67,11 +72,14 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 @_styled
 def quality_against_bits(found: Results) -> Figure:
-    """Answer perplexity against stored bits per weight, one panel per size, all arms and seeds."""
-    sizes = _sizes(found)
+    """Answer perplexity by recipe, in the order of their bits per weight, one panel per size.
+
+    Bars are intervals of the change against the float base, paired by sequence.
+    """
+    sizes = list(dict.fromkeys(r["size"] for r in found.records))
     columns = min(3, len(sizes))
     rows = -(-len(sizes) // columns)
-    figure = Figure(figsize=(max(6.4, 3.5 * columns), 0.5 + 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.6 + 2.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat[len(sizes) :]:
         axes.set_visible(False)
@@ -79,30 +87,32 @@ def quality_against_bits(found: Results) -> Figure:
         records = [r for r in found.records if r["size"] == size]
         base = [r["metrics"]["answer_perplexity"] for r in records if r["arm"] == "float"]
         axes.axhline(float(np.mean(base)), color=COLORS["float"], linewidth=1.2, linestyle="--")
-        axes.set(title=size, xlabel="bits per weight, all parameters", yscale="log")
-        axes.grid(True)
-        _jitter_arms(axes, [r for r in records if r["arm"] in QUANTIZED_ARMS])
+        axes.set(title=size, yscale="log")
+        axes.grid(True, axis="y", which="both")
+        _arms_by_recipe(axes, [r for r in records if r["arm"] in QUANTIZED_ARMS])
         _plain_log_ticks(axes)
     for axes in panels[:, 0]:
-        axes.set_ylabel("answer perplexity (lower is better)")
+        axes.set_ylabel("answer perplexity")
     _legend(figure, ("float", *QUANTIZED_ARMS))
     return figure
 
 
-def _jitter_arms(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """Dots with intervals; arms of one recipe share their bits, so they stand side by side."""
-    recipes = list(dict.fromkeys(r["recipe"] for r in records))
+def _arms_by_recipe(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """Recipes from few bits to many, each with its arms side by side."""
     bits = {r["recipe"]: r["metrics"]["bits_per_weight"] for r in records}
-    span = max(bits.values()) - min(bits.values()) or 1.0
-    step = span / 14 / max(1, len(recipes) - 1)
+    recipes = sorted(bits, key=lambda name: bits[name])
     for record in records:
-        place = list(QUANTIZED_ARMS).index(record["arm"]) - 1.5
-        x = bits[record["recipe"]] + place * step
-        _dot(axes, x, record, "answer_perplexity", vertical=True)
-    axes.set_xticks(
-        [bits[name] for name in recipes], [f"{bits[name]:.2f}\n{name}" for name in recipes]
-    )
-    axes.margins(x=0.15)
+        place = recipes.index(record["recipe"])
+        place += 0.16 * (list(QUANTIZED_ARMS).index(record["arm"]) - 1.5)
+        perplexity = record["metrics"]["answer_perplexity"]
+        base = perplexity - record["metrics"]["answer_perplexity_change"]
+        low, high = record["intervals"]["answer_perplexity_change"]
+        _dot(axes, place, perplexity, (base + low, base + high), record["arm"], vertical=True)
+    labels = [f"{bits[name]:.2f} bits\n{name}" for name in recipes]
+    crowded = len(recipes) > 4
+    axes.set_xticks(range(len(recipes)), labels, rotation=90 if crowded else 0)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(recipes) - 0.4)
 
 
 @_styled
@@ -112,8 +122,8 @@ def recovery_by_size(found: Results) -> Figure:
         dict.fromkeys((r["size"], r["recipe"]) for r in found.records if r["arm"] == "ptq")
     )
     arms = [arm for arm in QUANTIZED_ARMS if arm != "ptq"]
-    height = 1.2 + 0.28 * (len(arms) + 1) * len(groups)
-    figure = Figure(figsize=(9.6, height), layout="constrained")
+    height = 1.3 + 0.24 * (len(arms) + 1) * len(groups)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     titles = {"recovery": "of the perplexity damage", "kl_recovery": "of the KL to the float base"}
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
@@ -121,30 +131,38 @@ def recovery_by_size(found: Results) -> Figure:
         axes.axvline(100, color=_GRID, linewidth=1, linestyle="--")
         axes.grid(True, axis="x")
         axes.set(title=title, xlabel="recovered, % (0: as PTQ, 100: as the float base)")
-        for index, (size, recipe) in enumerate(groups):
-            chosen = [r for r in found.records if (r["size"], r["recipe"]) == (size, recipe)]
-            for record in chosen:
-                if record["arm"] not in arms:
-                    continue
-                y = index * (len(arms) + 1) + arms.index(record["arm"])
-                if metric in record["metrics"]:
-                    _dot(axes, y, record, metric, vertical=False, scale=100)
-                else:
-                    axes.text(2, y, record["notes"][metric], va="center", fontsize=8)
-        low, high = axes.get_xlim()
-        axes.set_xlim(max(low, -210), min(max(high, 105), 260))
+        axes.set(xlim=_RECOVERIES, ylim=((len(arms) + 1) * len(groups) - 1, -1))
+        for record in found.records:
+            if record["arm"] in arms:
+                group = groups.index((record["size"], record["recipe"]))
+                _recovery(axes, group * (len(arms) + 1) + arms.index(record["arm"]), record, metric)
     middle = [index * (len(arms) + 1) + (len(arms) - 1) / 2 for index in range(len(groups))]
     panels[0].set_yticks(middle, [f"{size}\n{recipe}" for size, recipe in groups])
     panels[0].tick_params(axis="y", length=0)
-    panels[0].invert_yaxis()
     _legend(figure, arms)
     return figure
+
+
+def _recovery(axes: Axes, y: float, record: dict[str, Any], metric: str) -> None:
+    """A dot with its interval; in words where there is no number, or where it lies outside."""
+    if metric not in record["metrics"]:
+        axes.text(2, y, record["notes"][metric], va="center", fontsize=8)
+        return
+    value = 100 * record["metrics"][metric]
+    interval = tuple(100 * bound for bound in record["intervals"][metric])
+    _dot(axes, y, value, interval, record["arm"], vertical=False)
+    left, right = _RECOVERIES
+    style = dict(va="center", fontsize=8, color=COLORS[record["arm"]], fontweight="bold")
+    if value < left:
+        axes.text(left + 2, y, f"◂ {value:.0f}", ha="left", **style)
+    elif value > right:
+        axes.text(right - 2, y, f"{value:.0f} ▸", ha="right", **style)
 
 
 @_styled
 def loss_curves(found: Results, size: str, seed: int) -> Figure:
     """Training losses of the base and the arms of one size, and their ends enlarged."""
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
     whole, ends, kl = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
     base = _curve(found, (size, NO_RECIPE, "float", seed))
     base_steps = base[0][-1] if len(base[0]) else 0
@@ -181,7 +199,7 @@ def layer_errors(found: Results, size: str, seed: int) -> Figure:
     modules = sorted({_module(r["layer"]) for r in rows}, key=_module_order)
     layers = sorted({_layer(r["layer"]) for r in rows})
     height = 0.9 + len(recipes) * (0.6 + 0.21 * len(modules))
-    figure = Figure(figsize=(9.6, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panels = figure.subplots(len(recipes), len(arms), squeeze=False, sharex=True, sharey=True)
     for line, recipe in zip(panels, recipes, strict=True):
         here = [r for r in rows if r["recipe"] == recipe]
@@ -222,14 +240,13 @@ def _write_cells(axes: Axes, grid: np.ndarray, *, bright: float) -> None:
 def _dot(
     axes: Axes,
     place: float,
-    record: dict[str, Any],
-    metric: str,
+    value: float,
+    interval: tuple[float, float],
+    arm: str,
     *,
     vertical: bool,
-    scale: float = 1,
 ) -> None:
-    value = scale * record["metrics"][metric]
-    low, high = (scale * bound for bound in record["intervals"][metric])
+    low, high = interval
     # Percentile intervals of ratios can lie to one side of the estimate.
     error = [[max(0.0, value - low)], [max(0.0, high - value)]]
     x, y = (place, value) if vertical else (value, place)
@@ -237,8 +254,8 @@ def _dot(
         x,
         y,
         **{"yerr" if vertical else "xerr": error},
-        color=COLORS[record["arm"]],
-        marker=_MARKERS[record["arm"]],
+        color=COLORS[arm],
+        marker=_MARKERS[arm],
         markersize=6,
         linewidth=1.4,
     )
@@ -246,8 +263,6 @@ def _dot(
 
 def _legend(figure: Figure, arms: Iterable[str], *, lines: dict[str, str] | None = None) -> None:
     """Arms by colour and shape; with `lines`, recipes by line style."""
-    from matplotlib.lines import Line2D
-
     handles = []
     for arm in arms:
         shape = dict(linestyle="-") if lines else dict(marker=_MARKERS[arm], linestyle="none")
@@ -261,15 +276,9 @@ def _legend(figure: Figure, arms: Iterable[str], *, lines: dict[str, str] | None
 
 def _plain_log_ticks(axes: Axes) -> None:
     """1, 2, 5, 10 in plain numbers: perplexities span less than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _sizes(found: Results) -> list[str]:
-    return list(dict.fromkeys(r["size"] for r in found.records))
 
 
 def _recipes(found: Results) -> list[str]:

@@ -18,32 +18,32 @@ HEADER = (
     "recipe",
     "arm",
     "answer ppl",
-    "change",
+    "change, %",
     "KL to base",
     "top-1 agree",
-    "tasks solved",
-    "bits/weight",
-    "recovered (ppl)",
-    "matched (ppl)",
-    "recovered (KL)",
+    "tasks",
+    "bits/w",
+    "ppl recovered",
+    "matched",
+    "KL recovered",
 )
 NUMERIC_FROM = 2  # columns from here on are numbers
 
 LEGEND = {
     "answer ppl": "perplexity of the hold-out's answer tokens (loss weight 1); prompts are left "
     "out because much of them is random and the same for every arm. Lower is better.",
-    "change": "of the answer perplexity against the float base.",
+    "change, %": "of the answer perplexity against the float base.",
     "KL to base": "mean KL(float base || arm) over answer tokens, nats.",
     "top-1 agree": "share of answer tokens where arm and float base have the same most likely "
     "token.",
-    "tasks solved": "exact match of whole answers, mean over the tasks.",
-    "bits/weight": "stored bits per parameter, over all parameters, scales included.",
-    "recovered (ppl)": "(ppl of PTQ - ppl of arm) / (ppl of PTQ - ppl of the float base). The row "
+    "tasks": "exact match of whole answers, mean over the tasks.",
+    "bits/w": "stored bits per parameter, over all parameters, scales included.",
+    "ppl recovered": "(ppl of PTQ - ppl of arm) / (ppl of PTQ - ppl of the float base). The row "
     "of the control says what more float training before PTQ does by itself.",
-    "matched (ppl)": "the same with the control in the place of PTQ and the float model it was "
+    "matched": "the same with the control in the place of PTQ and the float model it was "
     "made from in the place of the base: what quantized training adds at equal tokens. Not given "
     "for distilled QAT, which is drawn back to the base.",
-    "recovered (KL)": "1 - KL of arm / KL of PTQ, both to the float base.",
+    "KL recovered": "1 - KL of arm / KL of PTQ, both to the float base.",
 }
 INTERVALS = (
     f"[ ] are {LEVEL:.0%} bootstrap intervals over hold-out sequences, paired between arms. They "
@@ -139,14 +139,17 @@ def _groups(found: Results) -> list[tuple[str, list[list[str]]]]:
 
 def _row(record: Mapping[str, Any]) -> list[str]:
     metrics = record["metrics"]
-    change = 100 * metrics["answer_perplexity_change"]
     base = metrics["answer_perplexity"] - metrics["answer_perplexity_change"]
-    low, high = record["intervals"]["answer_perplexity"]
+    changes = (
+        metrics["answer_perplexity_change"],
+        *record["intervals"]["answer_perplexity_change"],
+    )
+    change, low, high = (100 * value / base for value in changes)
     return [
         "" if record["recipe"] == NO_RECIPE else record["recipe"],
         LABELS[record["arm"]],
-        f"{metrics['answer_perplexity']:.3f} [{low:.3f}, {high:.3f}]",
-        "" if record["arm"] == "float" else f"{change / base:+.1f} %",
+        f"{metrics['answer_perplexity']:.3f}",
+        "" if record["arm"] == "float" else f"{change:+.1f} [{low:+.1f}, {high:+.1f}]",
         f"{metrics['answer_kl_to_base']:.4f}",
         f"{metrics['answer_agreement_with_base']:.1%}",
         f"{metrics['task_mean']:.1%}" if "task_mean" in metrics else "",

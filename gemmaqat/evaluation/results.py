@@ -23,7 +23,7 @@ NO_RECIPE = "none"  # of the float arms
 FLOAT_ARMS = {"float": "float base", "continued": "float, trained on"}
 QUANTIZED_ARMS = {
     "ptq": "PTQ",
-    "control": "control: trained on, then PTQ",
+    "control": "control (float, then PTQ)",
     "qat": "QAT",
     "distill": "distilled QAT",
 }
