@@ -11,7 +11,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -21,6 +21,7 @@ MIN_BLOCK_BYTES = 512
 BLOCKS_PER_DATASET = 200  # aimed at when a data set is small
 
 
+@runtime_checkable
 class Records(Protocol):
     """Records of one file.
 

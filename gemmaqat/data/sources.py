@@ -6,7 +6,7 @@ import glob
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -32,6 +32,7 @@ HOLDOUT_MODULUS = 20  # one group of records in twenty is never trained on
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+@runtime_checkable
 class Source(Protocol):
     """Documents by index, a few at each.
 
@@ -119,7 +120,11 @@ def _entry(entry: Mapping[str, Any], where: str) -> _Entry:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1) or known
             raise ValueError(f"{where}: no key {key!r}; did you mean {' or '.join(near)}?")
-    checked = _Entry(where=where, **entry)
+        expected = (int, float) if key == "weight" else str
+        if not isinstance(entry[key], expected) or isinstance(entry[key], bool):
+            what = "a number" if key == "weight" else "text"
+            raise TypeError(f"{where}.{key}: expected {what}, found {entry[key]!r}.")
+    checked = _Entry(where=where, **(dict(entry) | {"weight": float(entry.get("weight", 1.0))}))
     if bool(checked.path) == bool(checked.source):
         raise ValueError(f"{where}: give either path='corpus/*.txt' or source='tasks' | 'stdlib'.")
     if checked.source not in ("", "tasks", "stdlib"):

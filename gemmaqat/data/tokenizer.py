@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from gemmaqat.data.config import DataConfig
 
 
@@ -35,7 +37,7 @@ class Tokenizer(Protocol):
         """Ids of `text`, nothing added. `where` names its origin in errors."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; special tokens are left out."""
         ...
 
@@ -73,9 +75,9 @@ class ByteTokenizer:
             )
         return list(data)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; a broken UTF-8 sequence shows as replacement characters."""
-        return bytes(i for i in ids if self.bos_id < i < 256).decode(errors="replace")
+        return bytes(int(i) for i in ids if self.bos_id < i < 256).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -106,9 +108,9 @@ class FileTokenizer:
         """Ids of `text`; special tokens written in it are recognised."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 class SentencePieceTokenizer:
@@ -154,7 +156,7 @@ class SentencePieceTokenizer:
                 ids += self._model.encode(part)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` without control pieces."""
         return self._model.decode([int(i) for i in ids])
 
