@@ -37,7 +37,7 @@ from gemmaqat.training.optimizer import learning_rate
 from gemmaqat.training.records import METRICS, Records, read_metrics
 from gemmaqat.training.start import initial_model
 from gemmaqat.training.step import Programs, UpdateStatus, make_programs, split_batch
-from gemmaqat.training.trees import flatten, hash_params, unflatten
+from gemmaqat.training.trees import flatten, hash_params, place_like, unflatten
 from gemmaqat.typing import Params
 
 _INPUTS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
@@ -222,7 +222,7 @@ class _Run:
         # A copy: the update donates its parameters, and the start belongs to the caller.
         params = jax.tree.map(lambda leaf: jax.device_put(jnp.copy(leaf), leaf.sharding), start)
         rng = jax.random.key_data(jax.random.key(self.experiment.seed))
-        state = _State(params, self.programs.init(params), rng, step=0)
+        state = _State(params, place_like(params, self.programs.init(params)), rng, step=0)
         if saved is None:
             return state
         self._check_saved(saved)
@@ -244,17 +244,15 @@ class _Run:
     def _check_saved(self, saved: Saved) -> None:
         model = workdirs.plain_differences(saved.model, self.model)
         workdirs.refuse(saved.folder, "another model", model)
-        wanted = None if self.table is None else self.table.to_json()
-        table = workdirs.table_differences(saved.quantization, wanted)
+        table = workdirs.table_differences(saved.quantization, self.table)
         workdirs.refuse(saved.folder, "another quantization table", table)
 
     def _loop(self, state: _State, loader: Any, checkpoints: Checkpoints) -> None:
         settings, keep = self.experiment.train, self.experiment.checkpoint
         with contextlib.ExitStack() as stack:
             terminated = stack.enter_context(_sigterm_noted())
-            records = stack.enter_context(
-                Records(self.workdir, step=state.step, tensorboard=settings.tensorboard)
-            )
+            records = Records(self.workdir, step=state.step, tensorboard=settings.tensorboard)
+            stack.enter_context(contextlib.closing(records))
             meter = stack.enter_context(
                 contextlib.closing(
                     Meter(self.name, records, self.progress, state.step, settings.num_steps)
@@ -312,12 +310,13 @@ class _Run:
 
     def _record(self, done: _Dispatched, records: Records, meter: Meter) -> None:
         """Fetches a step's numbers, stops the run if they are none, and writes them down."""
-        loss, status = jax.device_get((done.loss, done.status))
+        status = done.status
+        loss, norm, finite = jax.device_get((done.loss, status.gradient_norm, status.finite))
         check_finite(
             self.workdir,
             step=done.step,
             loss=float(loss),
-            finite=status.finite,
+            finite=finite,
             paths=done.paths,
             batch=done.batch,
         )
@@ -327,7 +326,7 @@ class _Run:
                 done.step,
                 {
                     "train/loss": float(loss),
-                    "train/gradient_norm": float(status.gradient_norm),
+                    "train/gradient_norm": float(norm),
                     "train/learning_rate": done.rate,
                 },
             )

@@ -7,15 +7,14 @@ Wall-clock rates go to `timing.jsonl`.
 import json
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 
 
 class Records:
-    """Appends to the record files of one work directory; a context manager."""
+    """Appends to the record files of one work directory."""
 
     def __init__(self, workdir: Path, *, step: int, tensorboard: bool) -> None:
         """Opens the files, cutting the metrics back to `step`.
@@ -46,15 +45,8 @@ class Records:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the files."""
         self._metrics.close()
         self._timing.close()
         if self._board is not None:

@@ -74,7 +74,7 @@ class Programs:
         next_token_sum: (weights, batch) to (sum of weighted losses, sum of weights).
         kl_sum: (weights, teacher weights, batch) to the same.
         update: (params, optimizer state, gradient, rate) to (params, state, `UpdateStatus`); the
-            first three are donated.
+            first two are donated.
         init: params to the optimizer state.
     """
 
@@ -110,7 +110,7 @@ class Programs:
             )
         )
         self.init = jax.jit(transformation.init)
-        self.update = jax.jit(functools.partial(_update, transformation), donate_argnums=(0, 1, 2))
+        self.update = jax.jit(functools.partial(_update, transformation), donate_argnums=(0, 1))
         self._maps: dict[str, QuantizeMap] = {}
 
     def quantize_map(self, table: Any | None) -> QuantizeMap:
@@ -187,7 +187,7 @@ def _update(
     rate: Float[Array, ""],
 ) -> tuple[Params, optax.OptState, UpdateStatus]:
     status = UpdateStatus(
-        gradient_norm=optax.global_norm(grads),
+        gradient_norm=optax.tree.norm(grads),
         finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]),
     )
     direction, state = transformation.update(grads, state, params)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemmaqat.typing import Params
 
@@ -24,6 +25,27 @@ def unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     return jax.tree.unflatten(structure, [flat[prefix + _path(keys)] for keys, _ in leaves])
+
+
+def place_like(params: Params, state: Any) -> Any:
+    """Puts every leaf of an optimizer state where its parameter lives, the others everywhere.
+
+    A fresh state is made of constants, which know nothing of the parameters' devices; a program
+    that met it first and its own results later would be compiled twice.
+    """
+    homes = {path: (leaf.shape, leaf.sharding) for path, leaf in flatten(params).items()}
+    everywhere = next(iter(homes.values()))[1]
+    if isinstance(everywhere, NamedSharding):
+        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+
+    def place(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = _path(keys)
+        for path, (shape, sharding) in homes.items():
+            if name.endswith(path) and leaf.shape == shape:
+                return jax.device_put(leaf, sharding)
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def hash_params(params: Params) -> str:

@@ -58,14 +58,12 @@ def check_config(workdir: Path, experiment: Experiment) -> None:
         )
 
 
-def table_differences(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> list[str]:
+def table_differences(found: dict[str, Any] | None, table: Table | None) -> list[str]:
     """In what a saved table differs from the one at hand; empty where they are equal."""
-    if found == wanted:
-        return []
-    if found is None or wanted is None:
-        name = {True: "none (float)", False: "a table"}
-        return [f"quantization: {name[found is None]} -> {name[wanted is None]}"]
-    return Table.from_json(found).diff(Table.from_json(wanted))
+    if found is None or table is None:
+        names = ["none (float)" if t is None else "a table" for t in (found, table)]
+        return [] if found is table else [f"quantization: {names[0]} -> {names[1]}"]
+    return Table.from_json(found).diff(table)
 
 
 def plain_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -90,8 +88,7 @@ def refuse(where: Path, belongs_to: str, differences: list[str]) -> None:
 
 def _check_inputs(workdir: Path, *, table: Table | None, hashes: dict[str, str]) -> None:
     found = json.loads((workdir / QUANTIZATION).read_text())
-    wanted = None if table is None else _plain(table.to_json())
-    refuse(workdir / QUANTIZATION, "another quantization table", table_differences(found, wanted))
+    refuse(workdir / QUANTIZATION, "another quantization table", table_differences(found, table))
     about = json.loads((workdir / RUN).read_text())
     refuse(workdir / RUN, "a run from other parameters", plain_differences(about["hashes"], hashes))
 
