@@ -189,7 +189,7 @@ class _GenerationTag(Extension):
         """The block renders as its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call: Callable[..., Any] = self.call_method("_body")
+        call = self.call_method("_body")
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _body(self, caller: Callable[[], str]) -> str:

@@ -121,6 +121,6 @@ _PADDING = {"positions": -1}
 
 def _finish_row(row: Mapping[str, np.ndarray]) -> Row:
     part, segment_ids = row["part"], row["part_segment_ids"]
-    fields = {name: np.ascontiguousarray(part[name]) for name in part.dtype.names}
+    fields = {name: np.ascontiguousarray(part[name]) for name in part.dtype.fields or ()}
     positions = np.where(segment_ids > 0, row["part_positions"], np.int32(_PADDING["positions"]))
     return fields | {"segment_ids": segment_ids, "positions": positions}

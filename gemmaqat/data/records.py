@@ -195,11 +195,17 @@ def open_records(
     if file_format == "auto":
         file_format = SUFFIXES.get(path.suffix.lower(), "text")
     records: Records
-    if file_format == "text":
-        records = TextRecords(path, block_bytes=block_bytes, span_bytes=span_bytes)
-    else:
-        kinds = {"jsonl": JsonLines, "parquet": ParquetRecords, "arrayrecord": ArrayRecords}
-        records = kinds[file_format](path, text_field=text_field)
+    match file_format:
+        case "text":
+            records = TextRecords(path, block_bytes=block_bytes, span_bytes=span_bytes)
+        case "jsonl":
+            records = JsonLines(path, text_field=text_field)
+        case "parquet":
+            records = ParquetRecords(path, text_field=text_field)
+        case "arrayrecord":
+            records = ArrayRecords(path, text_field=text_field)
+        case _:
+            raise ValueError(f"format={file_format!r} is not one of {', '.join(FORMATS)}.")
     if not len(records):
         raise ValueError(f"{path}: holds no records; remove it from data.files or fill it.")
     return records

@@ -280,6 +280,8 @@ def _document_maker(
         if "prompt" in record:
             prompt = Piece(record["prompt"], config.prompt_weight)
             return [Document((prompt, Piece(record["response"], 1.0)), where)]
-        return [Document((Piece(record.get(text_field, record.get("text")), 1.0),), where)]
+        return [
+            Document((Piece(record[text_field if text_field in record else "text"], 1.0),), where)
+        ]
 
     return make

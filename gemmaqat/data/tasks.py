@@ -36,7 +36,7 @@ BRACKET_LENGTHS = (3, 10)  # of the opened text; its closing is the answer
 # Addition without carry: each digit of the sum depends on two digits. The carry is what a miniature
 # does not learn in the given steps, with either order of the digits.
 ADDEND_DIGITS = 2
-# Recall asks for all pairs and repeats each key, so a row of one task holds many lookups. With one
+# Recall asks for all pairs and repeats each key: several lookups in one example. With one
 # question after 2 to 4 pairs, `e2b_mini` answered 55 % after 600 steps (guessing: 36 %); with this
 # form and 2 or 3 pairs, all of the hold-out from step 400 on.
 RECALL_PAIRS = (2, 3)
@@ -120,7 +120,7 @@ def task_batches(
                 f"length {length}; raise data.sequence_length."
             )
         part = np.empty(len(encoded), _ITEM_DTYPE)
-        for name in TOKEN_DTYPE.names:
+        for name in TOKEN_DTYPE.fields or ():
             part[name] = encoded[name]
         part["item_ids"] = index
         part["answer_mask"] = encoded["loss_weights"] > 0
@@ -182,7 +182,8 @@ def _sort(rng: random.Random) -> tuple[str, str]:
 def _brackets(rng: random.Random) -> tuple[str, str]:
     """Opens and closes at random; the answer closes whatever is still open."""
     closing = {"(": ")", "[": "]", "{": "}"}
-    text, open_brackets = "", []
+    text = ""
+    open_brackets: list[str] = []
     length = rng.randint(*BRACKET_LENGTHS)
     while len(text) < length or not open_brackets:
         if open_brackets and rng.random() < 0.4:

@@ -4,7 +4,10 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from array_record.python import array_record_module
 
 from gemmaqat.data.config import DataConfig
 from gemmaqat.data.loader import make_loader
@@ -86,6 +89,33 @@ def test_the_stdlib_is_source_without_tests_split_by_file():
         documents = [source[i][0] for i in range(0, len(source), 5)]
         found[split] = {document.where.split(" at byte")[0] for document in documents}
     assert found["train"] and found["holdout"] and not found["train"] & found["holdout"]
+
+
+def test_every_format_reaches_the_batches(tmp_path):
+    words = {name: [f"{name} {i}" for i in range(40)] for name in ("lines", "table", "array")}
+    _write_lines(tmp_path / "a.jsonl", words["lines"])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"body": words["table"]}), tmp_path / "b.parquet", row_group_size=7
+    )
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "c.arrayrecord"), "")
+    for text in words["array"]:
+        writer.write(json.dumps({"prompt": text, "response": "yes"}).encode())
+    writer.close()
+    config = _config(
+        dict(path=str(tmp_path / "a.jsonl")),
+        dict(path=str(tmp_path / "*.parquet"), text_field="body"),
+        dict(path=str(tmp_path / "c.arrayrecord")),
+    )
+    loader = make_loader(config, seed=0)
+    seen = set()
+    for _ in range(60):
+        batch = next(loader)
+        for targets, ids in zip(batch["targets"], batch["segment_ids"], strict=True):
+            seen |= {loader.tokenizer.decode(targets[ids == i]) for i in range(1, ids.max() + 1)}
+    words["array"] = [f"{text}yes" for text in words["array"]]
+    for texts in words.values():
+        assert 30 <= len(seen.intersection(texts)) < 40  # all but the hold-out
+    assert seen <= {text for texts in words.values() for text in texts}
 
 
 @pytest.mark.parametrize(
