@@ -92,7 +92,7 @@ def _pack(codes: Codes, grid: Grid, axis: int, order: str) -> PackedTensor:
         bits=grid.bits,
         axis=axis,
         order=order,  # type: ignore[arg-type]
-        levels=grid.levels,
+        levels=grid.levels,  # type: ignore[arg-type]
     )
 
 

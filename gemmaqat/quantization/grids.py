@@ -12,17 +12,12 @@ eager, jitted and differentiated programs give the same bits:
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-
-from gemmaqat.packed import Levels
-
-ScaleRule = Literal["ggml", "absmax", "absmax_half", "mean_abs", "mse"]
-Rounding = Literal["even", "up", "away"]
 
 SCALE_RULES = ("ggml", "absmax", "absmax_half", "mean_abs", "mse")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -46,17 +41,17 @@ class Grid:
     block: int = CHANNEL  # weights under one scale: 16 to 256, CHANNEL (0) or TENSOR (-1)
     # full: codes -2^(b-1) .. 2^(b-1)-1; ternary: -1, 0, 1; half: 2-bit codes with the levels
     # -1.5, -0.5, 0.5, 1.5 (code + 1/2).
-    levels: Levels = "full"
+    levels: str = "full"
     # ggml: the value of largest magnitude, with its sign, gets the lowest code; absmax: the
     # largest magnitude gets the highest level q; absmax_half: it gets q + 1/2 (qwix);
     # mean_abs: scale_factor times the mean magnitude; mse: least squared error of 31 trials.
-    scale_rule: ScaleRule = "absmax"
+    scale_rule: str = "absmax"
     scale_factor: float = 1.0  # multiplies the absolute maximum or the mean magnitude
     scale_dtype: str = "float32"  # of the stored scale
     scale_bits: int | None = None  # significant bits of the stored scale; None = all of its dtype
     anchor: bool = False  # keep the extreme code in every block (not implemented)
-    round_scale: Literal["before", "after"] = "before"  # codes from the stored scale, or float32's
-    rounding: Rounding = "even"  # ties: to even, up (ggml Q4_0), away from zero (ggml Q8_0)
+    round_scale: str = "before"  # codes from the stored scale, or float32's
+    rounding: str = "even"  # ties: to even, up (ggml Q4_0), away from zero (ggml Q8_0)
 
     def __post_init__(self) -> None:
         for field, known in (
@@ -249,7 +244,7 @@ def _signed_extreme(blocks: Array, axes: tuple[int, ...]) -> Array:
     absmax = jnp.max(magnitude, axis=axes, keepdims=True)
     length = int(np.prod([blocks.shape[a] for a in axes]))
     # Earlier places score higher; the lowest bit carries the sign.
-    score = 2 * (length - _places(blocks, axes)) + (blocks > 0)
+    score = 2 * (length - _places(blocks, axes)) + (blocks >= 0)
     first = jnp.max(jnp.where(magnitude == absmax, score, 0), axis=axes, keepdims=True)
     return jnp.where(first % 2 == 1, absmax, -absmax)
 

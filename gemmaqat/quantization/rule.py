@@ -90,14 +90,14 @@ class Rule:
         return Grid(
             bits=2 if ternary else int(self.weight_qtype[3:]),
             block=self._block(length),
-            levels="ternary" if ternary else self.levels,  # type: ignore[arg-type]
-            scale_rule=scale_rule,  # type: ignore[arg-type]
+            levels="ternary" if ternary else self.levels,
+            scale_rule=scale_rule,
             scale_factor=factor,
             scale_dtype=self.scale_dtype,
             scale_bits=self.scale_bits,
             anchor=self.anchor,
-            round_scale=self.round_scale,  # type: ignore[arg-type]
-            rounding=self.rounding,  # type: ignore[arg-type]
+            round_scale=self.round_scale,
+            rounding=self.rounding,
         )
 
     def to_json(self) -> dict[str, Any]:

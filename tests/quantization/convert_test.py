@@ -1,0 +1,96 @@
+"""Conversion: the same tree with packed weights, and the same logits as fake quantization."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemmaqat.models.sizes import model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.packed import PackedTensor
+from gemmaqat.quantization import trees
+from gemmaqat.quantization.convert import convert, convert_params, dequantize_params
+from gemmaqat.quantization.fake import fake_quantize
+from gemmaqat.quantization.grids import Codes, quantize
+from gemmaqat.quantization.ptq import rtn
+from gemmaqat.quantization.rules import resolve
+
+PARAMS = {
+    "embed": {"embedding": jnp.asarray(np.random.default_rng(0).standard_normal((16, 64)), "float32")},
+    "experts": {"weight": jnp.asarray(np.random.default_rng(1).standard_normal((3, 64, 8)), "float32")},
+    "norm": {"weight": jnp.ones(64)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "recipe", ["int8", "int3_channel", "q4_0_ggml", "int2_mid_channel", "ternary"]
+)
+def test_dequantized_packed_weights_are_the_fake_quantized_ones_to_the_bit(recipe):
+    table = resolve(f"{recipe}_emb", PARAMS)
+    packed = convert_params(PARAMS, table)
+    assert isinstance(packed["embed"]["embedding"], PackedTensor)
+    assert packed["norm"]["weight"] is PARAMS["norm"]["weight"]
+    fake = jax.jit(lambda p: fake_quantize(p, table))(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, dequantize_params(packed), fake)
+
+
+def test_bytes_are_those_the_table_promises():
+    table = resolve("q4_0_emb", PARAMS)
+    packed = trees.weights(convert_params(PARAMS, table))
+    for entry in table.quantized:
+        assert packed[entry.path][0].nbytes == entry.weight_bytes + entry.scale_bytes
+        assert packed[entry.path][0].shape == entry.shape
+
+
+def test_codes_of_a_method_are_packed_as_given():
+    table = resolve("int4_channel", PARAMS)
+    w = PARAMS["experts"]["weight"]
+    found = quantize(w, table["experts/weight"].grid)
+    shifted = Codes(jnp.clip(found.codes + 1, -8, 7), found.scales)
+    packed = convert_params(PARAMS, table, codes={"experts/weight": shifted})
+    np.testing.assert_array_equal(packed["experts"]["weight"].codes(), shifted.codes)
+    with pytest.raises(ValueError, match="codes for norm/weight: the table does not quantize it"):
+        convert_params(PARAMS, table, codes={"norm/weight": shifted})
+    with pytest.raises(ValueError, match=r"codes for experts/weight.*expected \(3, 64, 8\)"):
+        convert_params(PARAMS, table, codes={"experts/weight": Codes(w[0], w[0])})
+
+
+def test_round_to_nearest_is_conversion():
+    table = resolve("int4_channel", PARAMS)
+    jax.tree.map(
+        np.testing.assert_array_equal, rtn.quantize(PARAMS, table), convert_params(PARAMS, table)
+    )
+
+
+def test_packed_trees_are_not_quantized_twice():
+    table = resolve("int4_channel", PARAMS)
+    with pytest.raises(ValueError, match="experts/weight: already packed"):
+        fake_quantize(convert_params(PARAMS, table), table)
+
+
+# Per-layer embeddings, sharing and double-wide MLPs; experts and a router.
+CASES = [("e2b_mini", "int2_mid_channel_emb"), ("26b_a4b_mini", "q4_0_emb")]
+
+
+@pytest.mark.parametrize("size, recipe", CASES)
+def test_packed_gemma_has_the_logits_of_the_fake_quantized_one(size, recipe):
+    config = model_config(size)
+    model = Gemma4(config, rngs=nnx.Rngs(0))
+    table = resolve(recipe, model)
+    packed = convert(model, table)
+    kept = [e.path for e in table.kept]
+    assert not any(isinstance(trees.weights(packed)[path][0], PackedTensor) for path in kept)
+    assert all(isinstance(trees.weights(packed)[e.path][0], PackedTensor) for e in table.quantized)
+
+    run = nnx.jit(lambda model, tokens: model(tokens).logits)
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)), jnp.int32
+    )
+    expected = run(fake_quantize(model, table), tokens)
+    found = run(packed, tokens)
+    error = float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
+    assert error <= 1e-5, f"{error:.2e}"
+    assert isinstance(trees.weights(model)["embed_tokens/weight"][0], jax.Array), (
+        "model was changed"
+    )
