@@ -38,7 +38,7 @@ BRACKET_LENGTHS = (3, 10)  # of the opened text; its closing is the answer
 ADDEND_DIGITS = 2
 # Recall asks for all pairs and repeats each key: several lookups in one example. With one
 # question after 2 to 4 pairs, `e2b_mini` answered 55 % after 600 steps (guessing: 36 %); with this
-# form and 2 or 3 pairs, all of the hold-out from step 400 on.
+# form and 2 or 3 pairs, all of the hold-out by step 500.
 RECALL_PAIRS = (2, 3)
 RECALL_KEYS = "abcdefgh"
 RECALL_VALUES = "0123456789"
