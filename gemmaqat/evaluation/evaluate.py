@@ -157,7 +157,9 @@ class Evaluator:
         self.reference_names = tuple(references)
 
         def program(
-            weights: Params, references: tuple[tuple[Params, Array], ...], batch: Batch
+            weights: Params,
+            references: tuple[tuple[Params, Array], ...],
+            batch: dict[str, Array],
         ) -> tuple[TokenMetrics, Array]:
             model = nnx.merge(graphdef, weights)
             hidden = _hidden(model, batch)
@@ -172,7 +174,7 @@ class Evaluator:
 
         self._program = jax.jit(program)
         self._hidden_shape = lambda weights, batch: jax.eval_shape(
-            lambda weights: _hidden(nnx.merge(graphdef, weights), batch), weights
+            lambda weights, batch: _hidden(nnx.merge(graphdef, weights), batch), weights, batch
         )
 
     def reference(self, name: str, weights: Params) -> Reference:
@@ -223,7 +225,7 @@ class Evaluator:
         )
 
 
-def _hidden(model: Any, batch: Batch) -> Array:
+def _hidden(model: Any, batch: dict[str, Array]) -> Array:
     return model(
         batch["tokens"],
         positions=batch["positions"],

@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+AnyArray = Array | np.ndarray  # on the device, or fetched from it
 
 # Hidden states [M, D] to logits [M, V]. It may close over parameters; they get gradients.
 Head = Callable[[Array], Array]
@@ -30,10 +33,10 @@ class TokenMetrics:
         agree: model and reference have the same most likely token.
     """
 
-    nll: Float[Array, "B T"]
-    correct: Bool[Array, "B T"]
-    kl: Float[Array, "B T R"]
-    agree: Bool[Array, "B T R"]
+    nll: Float[AnyArray, "B T"]
+    correct: Bool[AnyArray, "B T"]
+    kl: Float[AnyArray, "B T R"]
+    agree: Bool[AnyArray, "B T R"]
 
 
 def token_nll(

@@ -135,7 +135,8 @@ def recovery_by_size(found: Results) -> Figure:
         for record in found.records:
             if record["arm"] in arms:
                 group = groups.index((record["size"], record["recipe"]))
-                _recovery(axes, group * (len(arms) + 1) + arms.index(record["arm"]), record, metric)
+                y = float(group * (len(arms) + 1) + arms.index(record["arm"]))
+                _recovery(axes, y, record, metric)
     middle = [index * (len(arms) + 1) + (len(arms) - 1) / 2 for index in range(len(groups))]
     panels[0].set_yticks(middle, [f"{size}\n{recipe}" for size, recipe in groups])
     panels[0].tick_params(axis="y", length=0)
@@ -152,7 +153,7 @@ def _recovery(axes: Axes, y: float, record: dict[str, Any], metric: str) -> None
     interval = tuple(100 * bound for bound in record["intervals"][metric])
     _dot(axes, y, value, interval, record["arm"], vertical=False)
     left, right = _RECOVERIES
-    style = dict(va="center", fontsize=8, color=COLORS[record["arm"]], fontweight="bold")
+    style = dict(va="bottom", fontsize=8, color=COLORS[record["arm"]], fontweight="bold")
     if value < left:
         axes.text(left + 2, y, f"◂ {value:.0f}", ha="left", **style)
     elif value > right:
@@ -210,13 +211,17 @@ def layer_errors(found: Results, size: str, seed: int) -> Figure:
                 if r["arm"] == arm:
                     place = modules.index(_module(r["layer"])), layers.index(_layer(r["layer"]))
                     grid[place] = 100 * r["error"]
-            image = axes.imshow(
-                grid, aspect="auto", cmap="viridis", vmin=min(values), vmax=max(values)
+            image = axes.pcolormesh(
+                np.ma.masked_invalid(grid), cmap="viridis", vmin=min(values), vmax=max(values)
             )
             axes.set_title(f"{recipe}: {LABELS[arm]}")
             _write_cells(axes, grid, bright=(min(values) + max(values)) / 2)
-            axes.set_yticks(range(len(modules)), modules, fontsize=8)
-            axes.set_xticks(range(len(layers)), ["-" if n < 0 else str(n) for n in layers])
+            axes.set(ylim=(len(modules), 0))  # the first module on top
+            axes.set_yticks(0.5 + np.arange(len(modules)), modules, fontsize=8)
+            shown = range(0, len(layers), 1 + len(layers) // 12)
+            axes.set_xticks(
+                0.5 + np.asarray(shown), ["-" if layers[i] < 0 else str(layers[i]) for i in shown]
+            )
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
         figure.colorbar(image, ax=list(line), label="error, %", shrink=0.9)
@@ -233,7 +238,13 @@ def _write_cells(axes: Axes, grid: np.ndarray, *, bright: float) -> None:
         if np.isfinite(value):
             color = "#101418" if value > bright else "#f4f6f8"
             axes.text(
-                column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=color
+                column + 0.5,
+                row + 0.5,
+                f"{value:.3g}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=color,
             )
 
 

@@ -11,7 +11,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from gemmaqat.evaluation import plots
-from gemmaqat.evaluation.results import LABELS, NO_RECIPE, Results, findings, recovery_text
+from gemmaqat.evaluation.results import (
+    LABELS,
+    NO_RECIPE,
+    Results,
+    findings,
+    over_seeds,
+    recovery_text,
+)
 from gemmaqat.evaluation.statistics import LEVEL
 
 HEADER = (
@@ -130,9 +137,9 @@ def svg(figure: Figure) -> markupsafe.Markup:
 
 
 def _groups(found: Results) -> list[tuple[str, list[list[str]]]]:
-    """Title and rows of every size and seed."""
+    """Title and rows of every size and seed, and of every size over its seeds."""
     groups: dict[str, list[list[str]]] = {}
-    for record in found.records:
+    for record in [*found.records, *over_seeds(found.records)]:
         groups.setdefault(_title(record["size"], record["seed"]), []).append(_row(record))
     return list(groups.items())
 
@@ -164,8 +171,8 @@ def _findings(found: Results) -> list[str]:
     return findings(found.records)
 
 
-def _title(size: str, seed: int) -> str:
-    return f"{size}, seed {seed}"
+def _title(size: str, seed: int | None) -> str:
+    return f"{size}, mean over seeds [least, most]" if seed is None else f"{size}, seed {seed}"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

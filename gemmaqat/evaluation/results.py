@@ -199,6 +199,33 @@ def _recoveries(
     return found
 
 
+def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record per size, recipe and arm that has several seeds: means, and as `intervals` the
+    smallest and the largest value. Where one seed has no number there is none.
+    """
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(key_of(record)[:3], []).append(record)
+    found = []
+    for (size, recipe, arm), group in groups.items():
+        if len(group) < 2:
+            continue
+        shared = set.intersection(*(set(record["metrics"]) for record in group))
+        values = {name: [record["metrics"][name] for record in group] for name in shared}
+        found.append(
+            {
+                "size": size,
+                "recipe": recipe,
+                "arm": arm,
+                "seed": None,
+                "metrics": {name: sum(v) / len(v) for name, v in values.items()},
+                "intervals": {name: [min(v), max(v)] for name, v in values.items()},
+                "notes": {name: text for record in group for name, text in record["notes"].items()},
+            }
+        )
+    return found
+
+
 def findings(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """What the records say, as sentences: one or two per size, recipe and seed."""
     by_key = {key_of(record): record for record in records}
