@@ -32,7 +32,8 @@ from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.rules import Table, resolve
 from gemmaqat.training import checkpoint
 from gemmaqat.training import workdir as workdirs
-from gemmaqat.training.loop import Progress, fit
+from gemmaqat.training.loop import fit
+from gemmaqat.training.meter import Progress
 from gemmaqat.training.start import initial_model, load_run
 from gemmaqat.training.step import Programs, make_programs
 from gemmaqat.typing import Params
@@ -253,6 +254,10 @@ class _Contest:
             self.experiment.train,
             num_steps=max(1, steps),
             start_step=min(self.experiment.train.start_step, steps),
+            # Arms are judged below: a hold-out loss of their own would be one more compilation.
+            eval_sequences=self.experiment.train.eval_sequences
+            if self.experiment.train.eval_every
+            else 0,
         )
         optimizer = dataclasses.replace(
             self.experiment.optimizer, learning_rate=learning_rate, warmup_steps=warmup

@@ -148,7 +148,7 @@ class Checkpoints:
         saved, problems = newest_intact(self.folder)
         for step, problem in problems.items():
             aside = f"corrupt-{step:08d}"
-            logging.error("%s Going back to step %d; it is kept as %s.", problem, saved.step, aside)
+            logging.error("%s Going back to an earlier one; it is kept as %s.", problem, aside)
             if (self.folder / aside).exists():
                 _remove(self.folder / aside)
             step_folder(self.folder, step).rename(self.folder / aside)
@@ -167,7 +167,8 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = committed_steps(self.folder)
         metrics = {step: _metric(step_folder(self.folder, step)) for step in steps}
-        best = sorted((step for step in steps if metrics[step] is not None), key=metrics.get)
+        taken = {step: metric for step, metric in metrics.items() if metric is not None}
+        best = sorted(taken, key=taken.__getitem__)
         kept = {*steps[-self.keep_last :], *best[: self.keep_best]}
         for step in set(steps) - kept:
             _remove(step_folder(self.folder, step))
@@ -200,7 +201,7 @@ def newest_intact(folder: Path) -> tuple[Saved | None, dict[int, str]]:
     Raises:
         ValueError: there are checkpoints and every one is corrupt.
     """
-    problems = {}
+    problems: dict[int, str] = {}
     for step in reversed(committed_steps(folder)):
         try:
             return read(step_folder(folder, step)), problems

@@ -266,9 +266,11 @@ class _Run:
                     self._record(before, records, meter)
                 before = current
                 stop = terminated.is_set()
-                evaluate = self._is_due(settings.eval_every, state.step) and settings.eval_sequences
+                evaluate = settings.eval_sequences > 0 and self._is_due(
+                    settings.eval_every, state.step
+                )
                 save = stop or self._is_due(keep.every_steps, state.step)
-                save = save or (evaluate and keep.keep_best)
+                save = save or (evaluate and keep.keep_best > 0)
                 if not (evaluate or save):
                     continue
                 # First look: nothing that is not finite is ever evaluated or saved.

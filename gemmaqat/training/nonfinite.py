@@ -41,7 +41,7 @@ def check_finite(
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     path = _free(folder / f"step_{step:08d}.npz")
-    np.savez(path, **batch)
+    np.savez(path, allow_pickle=False, **batch)
     found = {"step": step, "loss": repr(loss), "gradients": bad}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1))
     shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

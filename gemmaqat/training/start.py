@@ -45,7 +45,9 @@ def initial_model(experiment: Experiment, *, vocab_size: int = 0) -> Gemma4:
         weights in the folder `model.checkpoint`, random ones from `seed`.
     """
     section = experiment.model
-    precision = dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    precision: dict[str, Any] = dict(
+        dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
+    )
     folder = Path(section.checkpoint)
     if section.checkpoint and (folder / checkpoint.FOLDER).is_dir():
         return load_run(folder, **precision).model

@@ -61,8 +61,8 @@ def check_config(workdir: Path, experiment: Experiment) -> None:
 def table_differences(found: dict[str, Any] | None, table: Table | None) -> list[str]:
     """In what a saved table differs from the one at hand; empty where they are equal."""
     if found is None or table is None:
-        names = ["none (float)" if t is None else "a table" for t in (found, table)]
-        return [] if found is table else [f"quantization: {names[0]} -> {names[1]}"]
+        left, right = ("none (float)" if t else "a table" for t in (found is None, table is None))
+        return [] if left == right else [f"quantization: {left} -> {right}"]
     return Table.from_json(found).diff(table)
 
 

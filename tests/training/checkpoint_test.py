@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(two_steps, cap
     with caplog.at_level("ERROR", logger="absl"):
         saved = two_steps.latest()
     assert saved.step == 10
-    assert "00000020" in caplog.text and "step 10" in caplog.text
+    assert "00000020" in caplog.text and "Going back" in caplog.text
     assert (two_steps.folder / "corrupt-00000020").is_dir()
     two_steps.save(20, _arrays(21.0), **ABOUT)
     two_steps.wait()

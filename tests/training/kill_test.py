@@ -44,8 +44,7 @@ class Runs:
         return (self.folder / f"{name}.hash").read_text(), metrics
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its standard input, which ends it
 
 
 @pytest.fixture
@@ -55,32 +54,39 @@ def runs(tmp_path):
     runs.close()
 
 
-def _until_next_checkpoint(folder, before, limit):
-    """Waits until a step beyond `before` is committed, or for `limit` seconds."""
+def _until(condition, limit=60):
+    """Waits until the condition holds, or for `limit` seconds."""
     end = time.monotonic() + limit
-    while time.monotonic() < end:
-        if max(committed_steps(folder), default=0) > before:
-            return
-        time.sleep(0.002)
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _choose_a_moment(kind, folder, rng):
+    """Waits for one of the kinds of moments at which a process may die."""
+    before = max(committed_steps(folder), default=0)
+    if kind == 0:  # start, restore, compilation
+        time.sleep(rng.uniform(0, 2.0))
+        return
+    _until(lambda: max(committed_steps(folder), default=0) > before)
+    if kind == 1:  # some steps and saves later
+        time.sleep(rng.uniform(0, 0.1))
+    else:  # during a save
+        _until(lambda: any(folder.glob(".saving-*")))
+        time.sleep(rng.uniform(0, 0.01))
 
 
 def test_killed_and_resumed_equals_never_interrupted(runs):
     assert runs.start("reference") and runs.wait() == 0
     reference = runs.ended("reference")
     rng = random.Random(0)
-    kills, life, in_save, from_the_start = 0, 0, 0, 0
+    kills, life, in_save = 0, 0, 0
     while kills < KILLS:
         name = f"killed{life}"  # a run that ends before the last kill is followed by another
         folder = runs.folder / name / "checkpoints"
         while True:
             child = runs.start(name)
             if kills < KILLS:
-                before = max(committed_steps(folder), default=0)
-                if kills % 5:
-                    _until_next_checkpoint(folder, before, limit=60)
-                    time.sleep(rng.uniform(0, 0.08))  # a few steps and saves
-                else:
-                    time.sleep(rng.uniform(0, 2.0))  # start, restore, compilation
+                _choose_a_moment(kills % 4, folder, rng)
                 os.kill(child, signal.SIGKILL)
             status = runs.wait()
             if status == 0:
@@ -88,9 +94,7 @@ def test_killed_and_resumed_equals_never_interrupted(runs):
             assert status == -signal.SIGKILL
             kills += 1
             in_save += bool(list(folder.glob(".saving-*")))
-            from_the_start += not committed_steps(folder)
         assert runs.ended(name) == reference
         life += 1
     print(f"{kills} kills over {life} runs, {in_save} during a save")
-    # Otherwise the test has not met what it is about.
-    assert in_save >= KILLS // 4
+    assert in_save  # otherwise the test has not met what it is about
