@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -137,11 +138,14 @@ _FLAGS: dict[str, Callable[..., Any]] = {
     ),
     "seed": functools.partial(flags.DEFINE_integer, default=0, help="Of sampling."),
     "dtype": functools.partial(
-        flags.DEFINE_string, default="float32", help="Of computation and float parameters."
+        flags.DEFINE_enum,
+        default="float32",
+        enum_values=["float32", "bfloat16", "float16"],
+        help="Of computation and float parameters.",
     ),
     "compilation_cache": functools.partial(
         flags.DEFINE_string,
-        default=os.environ.get("GEMMAQAT_COMPILATION_CACHE", ""),
+        default="",
         help="Directory of compiled programs; 'off' for none. Default: the user's cache directory.",
     ),
     "debug": functools.partial(
@@ -223,11 +227,10 @@ def _set_up_logging() -> None:
 
 
 def _set_up_compilation_cache(choice: str) -> None:
-    """Lets compiled programs outlive the process; JAX's own setting goes first."""
+    """Lets compiled programs outlive the process: flag, our variable, JAX's own, the default."""
+    choice = choice or os.environ.get("GEMMAQAT_COMPILATION_CACHE", "")
     if choice == "off" or (not choice and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
-    import jax
-
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", choice or str(user_cache / "gemmaqat" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
