@@ -16,11 +16,16 @@ from gemmaqat.quantization.grids import Codes, quantize
 from gemmaqat.quantization.ptq import rtn
 from gemmaqat.quantization.rules import resolve
 
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
 PARAMS = {
-    "embed": {"embedding": jnp.asarray(np.random.default_rng(0).standard_normal((16, 64)), "float32")},
-    "experts": {"weight": jnp.asarray(np.random.default_rng(1).standard_normal((3, 64, 8)), "float32")},
+    "embed": {"embedding": normal(16, 64)},
+    "experts": {"weight": normal(3, 64, 8)},
     "norm": {"weight": jnp.ones(64)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def distance_to_tie(blocks: np.ndarray, block: int, element: int, name: str) -> 
 
 
 def test_ties_that_float32_decides_are_decided_as_gguf_does():
-    """x / d is on a tie; the rounded reciprocal moves some elements off it, by under one ulp."""
+    """On a tie of x / d the rounded reciprocal moves some elements off it, by under an ulp."""
     name, found = "q4_0_ggml", []
     for step in (0.1, 1 / 3, 0.7, 1e-3):
         blocks = ties(step)[:1]
