@@ -183,7 +183,8 @@ class Evaluator:
         shape = self._hidden_shape(weights, _inputs(batches[0]))
         # The same program as for an arm, so that nothing more is compiled; it compares with
         # placeholders and only the hidden states are kept.
-        blank = ((weights, jnp.zeros(shape.shape, shape.dtype)),) * len(self.reference_names)
+        weights, zeros = _commit((weights, jnp.zeros(shape.shape, shape.dtype)))
+        blank = ((weights, zeros),) * len(self.reference_names)
         hidden = [self._program(weights, blank, _inputs(batch))[1] for batch in batches]
         return Reference(name, weights, hidden)
 
@@ -203,7 +204,7 @@ class Evaluator:
         """
         assert tuple(r.name for r in references) == self.reference_names
         converted = params if table is None else convert_params(params, table)
-        weights = params if table is None else dequantize_params(converted)
+        weights = _commit(params if table is None else dequantize_params(converted))
         batches = [*self.holdout, *self.tasks.batches]
         found = []
         for index, batch in enumerate(batches):
@@ -232,6 +233,11 @@ def _hidden(model: Any, batch: dict[str, Array]) -> Array:
         segment_ids=batch["segment_ids"],
         logits="none",
     ).hidden
+
+
+def _commit(arrays: Any) -> Any:
+    """Binds arrays to where they are; JAX compiles anew for arrays that are not bound."""
+    return jax.tree.map(lambda array: jax.device_put(array, array.sharding), arrays)
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -40,6 +40,8 @@ def table(models):
 def judged(experiment, models, table):
     """Evaluator and the scores of the float model, its int4 form, and the other model."""
     (graphdef, params), (_, other) = (nnx.split(model) for model in models)
+    # As they come from training: bound to a device. Fresh ones are not, and must not recompile.
+    other = jax.device_put(other, jax.devices()[0])
     evaluator = Evaluator(graphdef, experiment, references=("base", "continued"))
     references = [evaluator.reference("base", params), evaluator.reference("continued", other)]
     scores = {
