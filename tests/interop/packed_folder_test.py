@@ -1,0 +1,106 @@
+"""Packed folders: what was saved comes back bit for bit and computes the same."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemmaqat.generation import generate
+from gemmaqat.interop.packed_folder import is_packed_folder, load_packed, save_packed
+from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
+from gemmaqat.models.sizes import model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.packed import PackedTensor
+from gemmaqat.quantization.convert import convert, dequantize_params
+from gemmaqat.quantization.rules import resolve
+
+
+@pytest.fixture(scope="module")
+def table_and_packed():
+    config = model_config("e2b_mini", layer_types=("sliding_attention", "full_attention"),
+                          num_kv_shared_layers=0)  # fmt: skip
+    model = Gemma4(config, rngs=nnx.Rngs(0))
+    table = resolve("int4_channel_emb", model)
+    return table, convert(model, table)
+
+
+def is_packed(leaf) -> bool:
+    return isinstance(leaf, PackedTensor)
+
+
+def test_saved_weights_come_back_bit_for_bit_and_stay_packed(table_and_packed, tmp_path):
+    table, packed = table_and_packed
+    folder = tmp_path / "packed"
+    save_packed(packed, folder, table=table)
+    assert is_packed_folder(folder) and not is_packed_folder(tmp_path)
+    loaded = load_packed(folder)
+    before, after = (
+        jax.tree_util.tree_leaves_with_path(nnx.state(m, nnx.Param), is_leaf=is_packed)
+        for m in (packed, loaded)
+    )
+    assert len(before) == len(after)
+    assert sum(is_packed(leaf) for _, leaf in after) == len(table.quantized)
+    for (path, left), (_, right) in zip(before, after, strict=True):
+        assert jax.tree.structure(left) == jax.tree.structure(right), path
+        for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_packed_and_dequantized_models_generate_the_same(table_and_packed, tmp_path):
+    table, packed = table_and_packed
+    save_packed(packed, tmp_path / "packed", table=table)
+    graphdef, params = nnx.split(packed)
+    plain = nnx.merge(graphdef, dequantize_params(params))
+    prompts = [[5, 9, 100], list(range(3, 12))]
+    settings = dict(max_new_tokens=12, stop_ids=())
+    assert (
+        generate(load_packed(tmp_path / "packed"), prompts, **settings).tokens
+        == generate(plain, prompts, **settings).tokens
+    )
+
+
+def test_a_folder_with_files_is_never_overwritten(table_and_packed, tmp_path):
+    table, packed = table_and_packed
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        save_packed(packed, tmp_path, table=table)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_damage_is_named(table_and_packed, tmp_path):
+    table, packed = table_and_packed
+    folder = tmp_path / "packed"
+    save_packed(packed, folder, table=table)
+    weights = folder / "packed.safetensors"
+    file = SafetensorsFile(weights)
+    arrays = {name: np.array(file.array(name)) for name in file.tensors}
+    del arrays["layers/0/mlp/up_proj/weight/scales"]
+    write_safetensors(weights, arrays, metadata=file.metadata)
+    with pytest.raises(ValueError, match=r"'layers/0/mlp/up_proj/weight/scales' is missing"):
+        load_packed(folder)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        load_packed(folder)
+    write_safetensors(weights, {"a": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="not written by gemmaqat"):
+        load_packed(folder)
+
+
+def test_written_safetensors_are_read_by_the_safetensors_package(tmp_path):
+    from safetensors.numpy import load_file
+
+    arrays = {
+        "a": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3),
+        "b/c": np.arange(5, dtype=np.uint32),
+        "d": np.zeros((0, 4), np.float32),
+    }
+    write_safetensors(tmp_path / "x.safetensors", arrays, metadata={"k": "v"})
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == arrays.keys()
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(loaded[name], np.asarray(value))
+    assert SafetensorsFile(Path(tmp_path / "x.safetensors")).metadata == {"k": "v"}
