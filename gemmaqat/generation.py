@@ -306,7 +306,7 @@ class _Decoded:
 def _encode(prompts: Sequence[Any], tokenizer: Tokenizer | None) -> list[list[int]]:
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError("prompts: expected a list with at least one prompt, each a text or ids.")
-    ids = []
+    ids: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:

@@ -33,6 +33,5 @@ def parameter_sharding(
 
 def default_sharding() -> jax.sharding.Sharding:
     """The whole array on the default device."""
-    return jax.sharding.SingleDeviceSharding(
-        jax.config.jax_default_device or jax.local_devices()[0]
-    )
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # set at run time
+    return jax.sharding.SingleDeviceSharding(chosen or jax.local_devices()[0])

@@ -123,7 +123,7 @@ class Gemma4(nnx.Module):
             )
         config = self.config
         x = self.embed_tokens(tokens, scale=config.embed_dim**0.5, dtype=config.dtype)
-        rope = {
+        rope: dict[str, Any] = {
             kind: rope_table(positions, rope_frequencies(config, sliding=kind == SLIDING))
             for kind in (SLIDING, FULL)
         }

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from gemmaqat.quantization.grids import Codes, Grid, quantize
 from gemmaqat.quantization.table import Entry, Table
 from gemmaqat.typing import Params
 
+Model = TypeVar("Model", bound=nnx.Module)
 
-def convert(
-    model: nnx.Module, table: Table, *, codes: Mapping[str, Codes] | None = None
-) -> nnx.Module:
+
+def convert(model: Model, table: Table, *, codes: Mapping[str, Codes] | None = None) -> Model:
     """A new model of the same graph whose quantized parameters hold `PackedTensor`s.
 
     Args:
