@@ -119,8 +119,7 @@ def evaluate(
     workdir = Path(workdir)
     recipe, table = experiment.quantization.recipe, None
     if model is None and (workdir / checkpoint.FOLDER).is_dir():
-        precision = dict(dtype=experiment.model.dtype, remat=experiment.model.remat)
-        run = load_run(workdir, **precision)
+        run = load_run(workdir, dtype=experiment.model.dtype, remat=experiment.model.remat)
         model, table = run.model, run.table
     elif model is None:
         if not experiment.model.checkpoint:

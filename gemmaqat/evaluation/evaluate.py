@@ -256,12 +256,13 @@ def _sum_sequences(
         quantities[f"kl_to_{name}"] = stack("kl")[..., index]
         quantities[f"agreement_with_{name}"] = stack("agree")[..., index]
     masks = {"answer": weights[used] >= 1, "all": weights[used] > 0}
-    columns = {}
+    columns: dict[str, np.ndarray] = {}
     for token_set in TOKEN_SETS:
         mask = masks[token_set]
-        columns[f"{token_set}_tokens"] = np.sum(mask, axis=1, dtype=np.float64)
+        columns[f"{token_set}_tokens"] = np.asarray(np.sum(mask, axis=1), np.float64)
         for name, values in quantities.items():
-            columns[f"{token_set}_{name}"] = np.sum(values, axis=1, where=mask, dtype=np.float64)
+            kept = np.where(mask, values, 0.0).astype(np.float64)
+            columns[f"{token_set}_{name}"] = np.asarray(np.sum(kept, axis=1))
     return columns
 
 

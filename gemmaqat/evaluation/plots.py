@@ -36,7 +36,7 @@ _MARKERS = {"float": "_", "continued": "_", "ptq": "X", "control": "s", "qat": "
 _WIDTH = 9.6  # inches, of every figure
 _RECOVERIES = (-125, 145)  # percent; what lies outside is written at the edge
 
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -102,8 +102,8 @@ def _arms_by_recipe(axes: Axes, records: list[dict[str, Any]]) -> None:
     bits = {r["recipe"]: r["metrics"]["bits_per_weight"] for r in records}
     recipes = sorted(bits, key=lambda name: bits[name])
     for record in records:
-        place = recipes.index(record["recipe"])
-        place += 0.16 * (list(QUANTIZED_ARMS).index(record["arm"]) - 1.5)
+        side = 0.16 * (list(QUANTIZED_ARMS).index(record["arm"]) - 1.5)
+        place = recipes.index(record["recipe"]) + side
         perplexity = record["metrics"]["answer_perplexity"]
         base = perplexity - record["metrics"]["answer_perplexity_change"]
         low, high = record["intervals"]["answer_perplexity_change"]
@@ -153,7 +153,7 @@ def _recovery(axes: Axes, y: float, record: dict[str, Any], metric: str) -> None
     interval = tuple(100 * bound for bound in record["intervals"][metric])
     _dot(axes, y, value, interval, record["arm"], vertical=False)
     left, right = _RECOVERIES
-    style = dict(va="bottom", fontsize=8, color=COLORS[record["arm"]], fontweight="bold")
+    style: Any = dict(va="bottom", fontsize=8, color=COLORS[record["arm"]], fontweight="bold")
     if value < left:
         axes.text(left + 2, y, f"◂ {value:.0f}", ha="left", **style)
     elif value > right:
@@ -195,8 +195,8 @@ def loss_curves(found: Results, size: str, seed: int) -> Figure:
 def layer_errors(found: Results, size: str, seed: int) -> Figure:
     """Relative RMS error of every quantized weight against its own master: layer by module."""
     rows = [r for r in found.layer_errors if (r["size"], r["seed"]) == (size, seed)]
-    recipes, arms = list(dict.fromkeys(r["recipe"] for r in rows)), ("ptq", "qat", "distill")
-    arms = tuple(arm for arm in arms if any(r["arm"] == arm for r in rows))
+    recipes = list(dict.fromkeys(r["recipe"] for r in rows))
+    arms = ("ptq", "qat", "distill")
     modules = sorted({_module(r["layer"]) for r in rows}, key=_module_order)
     layers = sorted({_layer(r["layer"]) for r in rows})
     height = 0.9 + len(recipes) * (0.6 + 0.21 * len(modules))
@@ -264,7 +264,8 @@ def _dot(
     axes.errorbar(
         x,
         y,
-        **{"yerr" if vertical else "xerr": error},
+        xerr=None if vertical else error,
+        yerr=error if vertical else None,
         color=COLORS[arm],
         marker=_MARKERS[arm],
         markersize=6,
@@ -276,12 +277,15 @@ def _legend(figure: Figure, arms: Iterable[str], *, lines: dict[str, str] | None
     """Arms by colour and shape; with `lines`, recipes by line style."""
     handles = []
     for arm in arms:
-        shape = dict(linestyle="-") if lines else dict(marker=_MARKERS[arm], linestyle="none")
-        if arm in FLOAT_ARMS:
-            shape = dict(linestyle="-" if lines else "--")
+        shape: Any = dict(marker=_MARKERS[arm], linestyle="none")
+        if lines:
+            shape = dict(linestyle="-")
+        elif arm in FLOAT_ARMS:
+            shape = dict(linestyle="--")
         handles.append(Line2D([], [], color=COLORS[arm], label=LABELS[arm], **shape))
     for recipe, style in (lines or {}).items():
-        handles.append(Line2D([], [], color=INK, linestyle=style, label=recipe))
+        shape = dict(linestyle=style)
+        handles.append(Line2D([], [], color=INK, label=recipe, **shape))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
 
 

@@ -83,7 +83,10 @@ def table(found: Results) -> str:
 
 def markdown(found: Results) -> str:
     """The report as Markdown, without pictures."""
-    parts = [f"# QAT against PTQ: {found.workdir.name}", *(f"- {s}" for s in _findings(found))]
+    parts = [
+        f"# QAT against PTQ: {found.workdir.name}",
+        *(f"- {s}" for s in findings(found.records)),
+    ]
     for title, rows in _groups(found):
         parts += ["", f"## {title}", "", _markdown_row(HEADER)]
         parts.append(_markdown_row(["---"] * NUMERIC_FROM + ["--:"] * (len(HEADER) - NUMERIC_FROM)))
@@ -102,10 +105,11 @@ def html(found: Results) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    pairs = list(dict.fromkeys((r["size"], r["seed"]) for r in found.records))
+    first = found.records[0]["seed"]  # one seed's pictures stand for the others
+    pairs = [(size, first) for size in dict.fromkeys(r["size"] for r in found.records)]
     return environment.get_template("report.html.jinja").render(
         name=found.workdir.name,
-        findings=_findings(found),
+        findings=findings(found.records),
         groups=_groups(found),
         header=HEADER,
         numeric_from=NUMERIC_FROM,
@@ -165,10 +169,6 @@ def _row(record: Mapping[str, Any]) -> list[str]:
         recovery_text(record, "matched_recovery"),
         recovery_text(record, "kl_recovery"),
     ]
-
-
-def _findings(found: Results) -> list[str]:
-    return findings(found.records)
 
 
 def _title(size: str, seed: int | None) -> str:

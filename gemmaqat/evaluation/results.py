@@ -227,20 +227,23 @@ def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def findings(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the records say, as sentences: one or two per size, recipe and seed."""
-    by_key = {key_of(record): record for record in records}
-    seeds = {seed for *_, seed in by_key}
+    """What the records say, in a few sentences per size and recipe; over seeds if several."""
+    records = list(records)
+    averaged = over_seeds(records)
+    by_key = {(r["size"], r["recipe"], r["arm"]): r for r in averaged or records}
     sentences = []
-    for size, recipe, arm, seed in by_key:
+    for size, recipe, arm in by_key:
         if arm != "ptq":
             continue
-        arms = {name: by_key.get((size, recipe, name, seed)) for name in QUANTIZED_ARMS}
-        base = by_key[size, NO_RECIPE, "float", seed]
-        where = f"{size}, {recipe}" + (f", seed {seed}" if len(seeds) > 1 else "")
-        sentences.append(f"{where}: {_damage_sentence(base, arms['ptq'])}")
-        trained = [arms[name] for name in ("qat", "distill") if arms[name]]
-        if arms["control"] and trained:
-            sentences[-1] += " " + _recovery_sentence(trained, arms["control"])
+        where = f"{size}, {recipe}" + (" (mean over seeds [least, most])" if averaged else "")
+        base, ptq = by_key[size, NO_RECIPE, "float"], by_key[size, recipe, arm]
+        sentence = f"{where}: {_damage_sentence(base, ptq)}"
+        control = by_key.get((size, recipe, "control"))
+        trained = [by_key.get((size, recipe, name)) for name in ("qat", "distill")]
+        present = [record for record in trained if record is not None]
+        if control is not None and present:
+            sentence += " " + _recovery_sentence(present, control)
+        sentences.append(sentence)
     return sentences
 
 

@@ -61,12 +61,17 @@ def test_a_damage_within_noise_gives_a_note_and_no_number(fabricated):
 
 
 def test_sentences_send_the_reader_on_where_the_control_alone_recovers_much(found):
-    sentences = findings(found.records)
-    assert len(sentences) == 2 * 2 * 2
-    mild = next(s for s in sentences if s.startswith("tiny_a, mild, seed 0"))
-    severe = next(s for s in sentences if s.startswith("tiny_a, severe, seed 0"))
+    single = [r for r in found.records if (r["size"], r["seed"]) == ("tiny_a", 0)]
+    mild, severe = findings(single)
+    assert mild.startswith("tiny_a, mild: ") and severe.startswith("tiny_a, severe: ")
     assert "read the matched recovery" in mild
     assert "read the matched recovery" not in severe and "control" in severe
+
+
+def test_sentences_speak_of_all_seeds_at_once(found):
+    sentences = findings(found.records)
+    assert len(sentences) == 2 * 2
+    assert all("mean over seeds" in sentence for sentence in sentences)
 
 
 def test_seeds_are_averaged_with_their_range(found, fabricated):
