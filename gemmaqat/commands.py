@@ -111,8 +111,7 @@ def quantize(options: Any) -> None:
 def generate(options: Any) -> None:
     """Continues prompts with a checkpoint, float or packed."""
     source = Path(_required(options, "checkpoint", options.workdir))
-    if not source.is_dir():
-        raise FileNotFoundError(f"--checkpoint={source}: no such folder.")
+    _check_folder(source)
     if not options.prompt:
         raise ValueError('--prompt: missing; give at least one, as in --prompt="Once upon a time".')
     tokenizer = _find_tokenizer(options.tokenizer, source)
@@ -231,6 +230,7 @@ def _load_float(
     folder: Path, experiment: Experiment | None = None, *, dtype: str = "float32"
 ) -> LoadedRun:
     """Model, and table where it was trained with one, of a work or Hugging Face directory."""
+    _check_folder(folder)
     if is_packed_folder(folder):
         raise ValueError(f"{folder}: quantized already; give the float checkpoint it came from.")
     precision: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype)
@@ -238,12 +238,19 @@ def _load_float(
         precision = dict(dtype=experiment.model.dtype, param_dtype=experiment.model.param_dtype)
     if _is_run(folder):
         return load_run(folder, **precision)
-    if (folder / "run.json").is_file():
-        raise ValueError(
-            f"{folder}: a comparison, not one model; name one of its runs, such as "
-            f"{next(folder.glob('*/*/*/checkpoints'), folder / 'SIZE/seed0/base').parent}."
-        )
     return LoadedRun(model=load_pretrained(folder, **precision), table=None, step=0)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot hold one model."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--checkpoint={folder}: no such folder.")
+    if (folder / "run.json").is_file() and not _is_run(folder):
+        runs = sorted(path.parent for path in folder.rglob("checkpoints"))
+        hint = (
+            f"name one of its runs, such as {runs[0]}." if runs else "no model is saved there yet."
+        )
+        raise ValueError(f"{folder}: a comparison or an unfinished run, not one model; {hint}")
 
 
 def _is_run(folder: Path) -> bool:

@@ -149,6 +149,12 @@ def test_a_hugging_face_folder_is_quantized_and_keeps_its_companions(capsys, con
     }
 
 
+def test_a_comparison_is_no_checkpoint_but_names_one(capsys, run):
+    (run.parent / "run.json").write_text("{}")
+    message = mistake(capsys, "generate", f"--checkpoint={run.parent}", "--prompt=x")
+    assert f"name one of its runs, such as {run}." in message
+
+
 def test_a_run_is_quantized_by_its_own_table_only(capsys, config, run, tmp_path):
     message = mistake(
         capsys, "quantize", config, "--config.quantization.recipe=int8", f"--checkpoint={run}",

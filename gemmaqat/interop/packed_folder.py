@@ -29,8 +29,8 @@ def is_packed_folder(folder: str | Path) -> bool:
     return (Path(folder) / WEIGHTS).is_file()
 
 
-def save_packed(model: Gemma4, folder: str | Path, *, table: Table) -> None:
-    """Writes a converted model and the table it was converted by.
+def save_packed(model: Any, folder: str | Path, *, table: Table) -> None:
+    """Writes a converted `Gemma4` and the table it was converted by.
 
     Raises:
         ValueError: the folder holds files already; none of them is touched.
