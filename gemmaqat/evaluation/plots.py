@@ -139,7 +139,8 @@ def recovery_by_size(found: Results) -> Figure:
                 _recovery(axes, y, record, metric)
     middle = [index * (len(arms) + 1) + (len(arms) - 1) / 2 for index in range(len(groups))]
     panels[0].set_yticks(middle, [f"{size}\n{recipe}" for size, recipe in groups])
-    panels[0].tick_params(axis="y", length=0)
+    for axes in panels:
+        axes.tick_params(axis="y", length=0)
     _legend(figure, arms)
     return figure
 
