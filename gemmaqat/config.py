@@ -78,7 +78,7 @@ class CheckpointConfig:
     """When the run is saved and what is kept."""
 
     every_steps: int = 100  # 0 = only at the end
-    keep_last: int = 1
+    keep_last: int = 2  # the one before serves where the last is damaged
     keep_best: int = 0  # by hold-out loss; needs train.eval_every
 
 

@@ -6,6 +6,7 @@ what a comparison calls for each of its arms.
 
 import contextlib
 import dataclasses
+import math
 import shlex
 import signal
 import sys
@@ -32,7 +33,7 @@ from gemmaqat.training import workdir as workdirs
 from gemmaqat.training.checkpoint import Checkpoints, Saved
 from gemmaqat.training.distillation import Objective, make_objective
 from gemmaqat.training.meter import Meter, Progress
-from gemmaqat.training.nonfinite import check_finite
+from gemmaqat.training.nonfinite import NonFiniteError, check_finite
 from gemmaqat.training.optimizer import learning_rate
 from gemmaqat.training.records import METRICS, Records, read_metrics
 from gemmaqat.training.start import initial_model
@@ -344,6 +345,11 @@ class _Run:
         weights, _ = self.programs.quantize_map(self.table).forward(state.params)
         batches = ({name: batch[name] for name in _INPUTS} for batch in self.holdout)
         loss = self.objective.mean(weights, batches)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {state.step}: hold-out loss is {loss}; nothing was saved at this step. Look "
+                "at the hold-out's data, or try a lower optimizer.learning_rate."
+            )
         records.metrics(state.step, {"eval/loss": loss})
         return loss
 

@@ -9,7 +9,7 @@ import numpy as np
 FOLDER = "nonfinite"
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(ValueError):
     """A loss or gradient held NaN or infinity. The parameters of that step were not saved."""
 
 

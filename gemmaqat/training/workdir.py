@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import gemmaqat
 from gemmaqat import config
 from gemmaqat.config import Experiment
 from gemmaqat.quantization.rules import Table
@@ -16,7 +17,7 @@ from gemmaqat.training.records import METRICS, write_atomically
 
 CONFIG, QUANTIZATION, RUN = "config.json", "quantization.json", "run.json"
 
-_PACKAGES = ("gemmaqat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 
 
 def claim(
@@ -110,7 +111,7 @@ def _about(experiment: Experiment, hashes: dict[str, str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a run's numbers."""
-    found = {}
+    found = {"gemmaqat": gemmaqat.__version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

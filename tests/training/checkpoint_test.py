@@ -107,9 +107,9 @@ def _largest(folder):
 
 
 DAMAGES = {
-    "flipped bit": lambda folder: _flip(_largest(folder)),
+    "flipped bit": lambda folder: _flip(_largest(folder / "arrays")),
     "flipped bit of the manifest": lambda folder: _flip(folder / "manifest.json"),
-    "truncated file": lambda folder: _largest(folder).write_bytes(b"short"),
+    "truncated file": lambda folder: _largest(folder / "arrays").write_bytes(b"short"),
     "missing file": lambda folder: (folder / "data_state.json").unlink(),
     "missing manifest": lambda folder: (folder / "manifest.json").unlink(),
 }
