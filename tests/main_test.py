@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 EXPERIMENT = """
 from gemmaqat.config import base
 
-def get_config(size: str = "12b_mini"):
+def get_config(size: str = "31b_mini"):
     config = base(size)
     config.quantization.recipe = "int4_channel"
     return config
@@ -118,7 +118,7 @@ def test_plan_and_dry_runs_start_nothing(capsys, config, tmp_path):
     page = command(capsys, "train", config, f"--workdir={workdir}", "--dry_run")
     assert "recipe int4_channel" in page and "optimizer state" in page
     page = command(capsys, "compare", config, f"--workdir={workdir}", "--dry_run")
-    assert "12b_mini, int2_channel: " in page and "teacher" in page
+    assert "31b_mini, int2_channel: " in page and "teacher" in page
     assert not workdir.exists()
 
 
@@ -281,4 +281,4 @@ def test_the_module_is_the_command():
 
 
 def test_saved_config_of_a_run_is_enough_to_inspect_it(run):
-    assert json.loads((run / "config.json").read_text())["model"]["name"] == "12b_mini"
+    assert json.loads((run / "config.json").read_text())["model"]["name"] == "31b_mini"

@@ -28,7 +28,9 @@ def parameter_sharding(
         name = rules.get(axis)
         usable = name in mesh.shape and name not in spec and size % mesh.shape[name] == 0
         spec.append(name if usable else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    # `jax.make_mesh` gives explicit axes, under which every gather must name its result's layout;
+    # the model leaves that to the compiler.
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec(*spec))
 
 
 def default_sharding() -> jax.sharding.Sharding:

@@ -152,7 +152,7 @@ def test_towers_and_a_tied_head_are_skipped_and_counted(folder, e2b):
 
 
 def test_a_mesh_shards_parameters_as_they_are_declared(e2b):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tensor"))
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])
     model = load_pretrained(GOLDEN / "e2b", mesh=mesh)
     weight = model.layers[0].mlp.gate_proj.weight.get_value()
     assert weight.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
