@@ -18,7 +18,14 @@ from gemmaqat.training.loop import train
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.glob("*.py"))
 
+QUICK = ("quickstart", "e2b_own_data")  # a comparison and a training, one miniature
+
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+each_file_some_slowly = pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow) for p in FILES],
+    ids=lambda path: path.stem,
+)
 
 
 def _config(path: Path):
@@ -69,7 +76,7 @@ def test_every_rule_finds_its_parameters_at_full_size_and_in_miniature(path):
             assert 1.5 < table.bits_per_weight(quantized_only=True) < 10, (size, recipe)
 
 
-@each_file
+@each_file_some_slowly
 def test_the_tiny_variant_runs(path, tmp_path):
     config = configs.tiny(_config(path))
     if _command(path) == "compare":
