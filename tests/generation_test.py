@@ -139,11 +139,10 @@ def test_text_prompts_begin_with_one_bos(model):
 
 
 def test_the_seed_decides_what_is_drawn(model):
-    draw = lambda seed: (
-        generate(  # noqa: E731
-            model, [[5, 9, 200], [7]], max_new_tokens=12, temperature=2.0, seed=seed, stop_ids=()
-        ).tokens
-    )
+    def draw(seed):
+        settings = dict(max_new_tokens=12, temperature=2.0, stop_ids=())
+        return generate(model, [[5, 9, 200], [7]], seed=seed, **settings).tokens
+
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
 
