@@ -53,7 +53,9 @@ def main() -> None:
         args = (jax.random.normal(keys[0], (rows, k)), jax.random.normal(keys[1], (experts, k, n)))
         programs = {
             name: jax.jit(
-                jax.grad(lambda x, w, f=form: jnp.sum(f(x, w, jnp.asarray(sizes)) ** 2), (0, 1))
+                jax.grad(
+                    lambda x, w, f=form, s=sizes: jnp.sum(f(x, w, jnp.asarray(s)) ** 2), (0, 1)
+                )
             )
             for name, form in FORMS.items()
         }

@@ -1,5 +1,7 @@
 """gemmaqat: quantization-aware training of Gemma 4 in JAX, against its fair control.
 
+From a model to low-bit weights:
+
     import gemmaqat as gq
 
     model = gq.Gemma4(gq.model_config("e2b_mini"), rngs=nnx.Rngs(0))

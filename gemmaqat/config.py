@@ -154,7 +154,8 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.data = ConfigDict(dataclasses.asdict(DataConfig(sequence_length=64, batch_size=4)))
     config.train.update(
         num_steps=2, start_step=min(config.train.start_step, 1), accumulation_steps=1, log_every=1,
-        eval_every=min(config.train.eval_every, 1), eval_sequences=4, loss_chunk_tokens=0, tensorboard=False,
+        eval_every=min(config.train.eval_every, 1), eval_sequences=4, loss_chunk_tokens=0,
+        tensorboard=False,
     )  # fmt: skip
     config.optimizer.warmup_steps = 1
     config.checkpoint.every_steps = 0
