@@ -23,6 +23,9 @@ def table_and_packed():
     config = model_config("e2b_mini", layer_types=("sliding_attention", "full_attention"),
                           num_kv_shared_layers=0)  # fmt: skip
     model = Gemma4(config, rngs=nnx.Rngs(0))
+    for block in model.layers:  # or a fresh model just repeats its last token
+        norm = block.post_feedforward_layernorm.weight
+        norm.set_value(16 * norm.get_value())
     table = resolve("int4_channel_emb", model)
     return table, convert(model, table)
 
@@ -57,10 +60,9 @@ def test_packed_and_dequantized_models_generate_the_same(table_and_packed, tmp_p
     plain = nnx.merge(graphdef, dequantize_params(params))
     prompts = [[5, 9, 100], list(range(3, 12))]
     settings = dict(max_new_tokens=12, stop_ids=())
-    assert (
-        generate(load_packed(tmp_path / "packed"), prompts, **settings).tokens
-        == generate(plain, prompts, **settings).tokens
-    )
+    expected = generate(plain, prompts, **settings).tokens
+    assert all(len(set(tokens)) > 3 for tokens in expected)
+    assert generate(load_packed(tmp_path / "packed"), prompts, **settings).tokens == expected
 
 
 def test_a_folder_with_files_is_never_overwritten(table_and_packed, tmp_path):
