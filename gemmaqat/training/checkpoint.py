@@ -40,7 +40,7 @@ class Saved:
     """One committed checkpoint, checked against its manifest.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, absolute (Orbax takes nothing else).
         step: optimizer steps done.
         metric: hold-out loss of these parameters, if it was taken.
         data_state: position of the data loader, plain JSON values.
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
         """Opens the folder; leftovers of interrupted saves and removals are cleared away."""
-        self.folder = folder
+        self.folder = folder = folder.absolute()
         self.keep_last, self.keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -222,6 +222,7 @@ def read(folder: Path) -> Saved:
         CorruptCheckpoint: a file is missing, or differs from what was written.
         ValueError: it has a newer format.
     """
+    folder = folder.absolute()
     _verify(folder)
     about = json.loads((folder / "checkpoint.json").read_text())
     if about["format_version"] > FORMAT_VERSION:

@@ -1,7 +1,9 @@
 """Checkpoints: what comes back is what was saved, or is named as damaged."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,15 @@ def test_what_was_saved_comes_back(two_steps):
     arrays = saved.arrays(_abstract(_arrays(0.0)))
     assert (arrays["params/layers/0/weight"] == 20).all()
     assert arrays["optimizer/0/count"] == 7
+
+
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(Checkpoints(Path("runs/a"), keep_last=1, keep_best=0)) as checkpoints:
+        checkpoints.save(1, _arrays(1.0), **ABOUT)
+    saved, _ = checkpoint.newest_intact(Path("runs/a"))
+    assert (saved.arrays(_abstract(_arrays(0.0)))["params/layers/0/weight"] == 1).all()
+    assert saved.folder == tmp_path / "runs/a/00000001"
 
 
 def test_some_arrays_can_be_read_alone(two_steps):
