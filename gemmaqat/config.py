@@ -325,8 +325,8 @@ def _check(e: Experiment) -> None:
         raise ValueError(
             "config.checkpoint.keep_best: needs hold-out losses; set train.eval_every above 0."
         )
-    if e.train.start_step > e.train.num_steps:
+    if e.train.method != "none" and e.train.start_step >= e.train.num_steps:
         raise ValueError(
-            f"config.train.start_step: {e.train.start_step} lies beyond "
+            f"config.train.start_step: {e.train.start_step} is not below "
             f"train.num_steps={e.train.num_steps}; quantization would never begin."
         )

@@ -37,6 +37,11 @@ class KVCache:
     layers: tuple[KeyValues | None, ...]
 
     @property
+    def max_length(self) -> int:
+        """Positions that fit: the slots of the full-attention layers."""
+        return max(x.positions.shape[1] for x in self.layers if x is not None)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values."""
         return sum(x.k.nbytes + x.v.nbytes for x in self.layers if x is not None)
@@ -78,17 +83,14 @@ def extend(cache: KeyValues, new: KeyValues, *, window: int | None) -> tuple[Key
         slots and itself side by side; otherwise to the updated slots in place.
     """
     chunk, slots = new.k.shape[1], cache.k.shape[1]
-    if window is None and chunk > slots:
-        raise ValueError(
-            f"a chunk of {chunk} tokens does not fit a cache of {slots} positions; "
-            "make the cache with a larger max_length."
-        )
     new = dataclasses.replace(
         new, k=new.k.astype(cache.k.dtype), v=new.v.astype(cache.v.dtype), segment_ids=None
     )
     # Only the last tokens that fit are written, so that no slot is written twice.
     last = jnp.max(new.positions, axis=1, keepdims=True)
     written = (new.positions >= 0) & (new.positions > last - slots)
+    if window is None:  # a full-attention layer forgets nothing, so it never wraps
+        written &= new.positions < slots
     index = jnp.where(written, new.positions % slots, slots)
 
     def write(old: Array, values: Array) -> Array:

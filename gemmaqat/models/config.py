@@ -47,6 +47,7 @@ class ModelConfig:
     pad_id: int = 0
     eos_id: int = 1
     bos_id: int = 2
+    stop_ids: tuple[int, ...] = (1,)  # any of them ends a generated text
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of the parameters (the master copy in training)
     remat: str = "none"  # per block: none | full (save nothing) | dots (save matmul results)
@@ -62,6 +63,12 @@ class ModelConfig:
                 raise ValueError(
                     f"{where}: num_heads={self.num_heads} is not a multiple of {heads} kv heads."
                 )
+        if not self.attention_k_eq_v and self.num_global_kv_heads != self.num_kv_heads:
+            raise ValueError(
+                f"{where}: num_global_kv_heads={self.num_global_kv_heads} differs from "
+                f"num_kv_heads={self.num_kv_heads}; only models with attention_k_eq_v have "
+                "global layers of their own width."
+            )
         if self.num_kv_shared_layers:
             owned = self.layer_types[: self.num_layers - self.num_kv_shared_layers]
             for kind in set(self.layer_types[len(owned) :]):
@@ -149,7 +156,9 @@ class ModelConfig:
         Raises:
             ValueError: the file is of another model family, or a field is missing.
         """
-        text = config.get("text_config", config)
+        text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise ValueError(f"{where}: text_config is {text!r}, expected an object.")
         family = text.get("model_type", config.get("model_type"))
         if family not in _FAMILIES:
             raise ValueError(
@@ -157,7 +166,10 @@ class ModelConfig:
                 f"({', '.join(_FAMILIES)}); point at a folder of google/gemma-4-*."
             )
         try:
-            return cls(**_fields_from_hf(text, family), name=name)
+            _check_constants(text, where)
+            fields = _fields_from_hf(text, family)
+            fields["stop_ids"] = _id_list(config.get("eos_token_id")) or (fields["eos_id"],)
+            return cls(**fields, name=name)
         except KeyError as error:
             raise ValueError(
                 f"{where}: field {error.args[0]!r} is missing from the text configuration; "
@@ -194,7 +206,9 @@ class ModelConfig:
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "final_logit_softcapping": self.final_logit_softcap,
+            "final_logit_softcapping": (
+                None if math.isinf(self.final_logit_softcap) else self.final_logit_softcap
+            ),
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position,
             "rope_parameters": {
@@ -207,7 +221,7 @@ class ModelConfig:
             },
             "tie_word_embeddings": True,
             "pad_token_id": self.pad_id,
-            "eos_token_id": self.eos_id,
+            "eos_token_id": list(self.stop_ids),
             "bos_token_id": self.bos_id,
         }
 
@@ -252,7 +266,31 @@ def _fields_from_hf(text: Mapping[str, Any], family: str) -> dict[str, Any]:
         "final_logit_softcap": text.get("final_logit_softcapping") or math.inf,
         "rms_norm_eps": text["rms_norm_eps"],
         "max_position": text["max_position_embeddings"],
-        "pad_id": text.get("pad_token_id", 0),
-        "eos_id": text.get("eos_token_id", 1),
-        "bos_id": text.get("bos_token_id", 2),
+        "pad_id": (_id_list(text.get("pad_token_id")) or (0,))[0],
+        "eos_id": (_id_list(text.get("eos_token_id")) or (1,))[0],
+        "bos_id": (_id_list(text.get("bos_token_id")) or (2,))[0],
     }
+
+
+def _id_list(value: Any) -> tuple[int, ...]:
+    """Token ids written as one number, a list, or null."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _check_constants(text: Mapping[str, Any], where: str) -> None:
+    """What every Gemma 4 shares and the modules build in; anything else is refused by name."""
+    rope = text["rope_parameters"]
+    for field, found, expected in (
+        ("hidden_activation", text["hidden_activation"], "gelu_pytorch_tanh"),
+        ("attention_bias", bool(text.get("attention_bias")), False),
+        ("num_hidden_layers", text["num_hidden_layers"], len(text["layer_types"])),
+        (f"rope_parameters.{SLIDING}.rope_type", rope[SLIDING]["rope_type"], "default"),
+        (f"rope_parameters.{FULL}.rope_type", rope[FULL]["rope_type"], "proportional"),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{where}: {field} is {found!r}, expected {expected!r} as in every Gemma 4; "
+                "this variant cannot be computed here."
+            )

@@ -62,7 +62,7 @@ class GroupedLinear(nnx.Module):
     ):
         shape = (num_experts, in_dim, out_dim)
         weight = init_normal(rngs, shape, stddev=in_dim**-0.5, dtype=dtype)
-        self.weight = nnx.Param(weight, axes=axes)
+        self.weight = nnx.Param(weight, contraction_axis=-2, axes=axes)
         self.input = HookPoint()
         self.output = HookPoint()
 

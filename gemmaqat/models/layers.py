@@ -21,8 +21,12 @@ def contract(x: Float[Array, "... K"], w: Weight) -> Float[Array, "... N"]:
 
 
 def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Rows of a table `[V, D]`, float or anything that knows how to `take`."""
-    return w[ids] if _is_array(w) else w.take(ids)
+    """Rows of a table `[V, D]`, float or anything that knows how to `take`.
+
+    Ids are clipped to 0 .. V - 1: a negative one gives the first row, it does not count from the
+    end.
+    """
+    return jnp.take(w, ids, axis=0, mode="clip") if _is_array(w) else w.take(ids)
 
 
 def ragged_contract(

@@ -86,11 +86,15 @@ class Gemma4(nnx.Module):
         Args:
             tokens: ids below the vocabulary's size.
             positions: absolute, 0-based, increasing; -1 marks padding anywhere in a row. Default:
-                0, 1, 2, ... in every row.
+                0, 1, 2, ... in every row; to be given with a cache.
             segment_ids: attention stays inside equal ids (packed documents, without a cache).
             cache: keys and values of earlier tokens; the result carries the extended one.
             logits: of all positions, of the last valid one in each row, or none (then use `head`
                 on chunks of `hidden`).
+
+        Raises:
+            ValueError: a cache without positions or with segment ids; a position beyond the cache
+                (where positions are traced, logits from there on are NaN instead).
         """
         x, context = self.embed(tokens, positions, segment_ids, cache=cache)
         for layer in self.layers:
@@ -99,7 +103,8 @@ class Gemma4(nnx.Module):
         if logits == "all":
             scores = self.head(x)
         elif logits == "last":
-            last = jnp.argmax(context.positions, axis=1)
+            valid = context.positions >= 0
+            last = x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
             scores = self.head(jnp.take_along_axis(x, last[:, None, None], axis=1))
         new_cache = None if context.cache is None else KVCache(tuple(context.cache))
         return Output(scores, x, new_cache)
@@ -117,12 +122,16 @@ class Gemma4(nnx.Module):
             raise ValueError(
                 "segment_ids and cache were both given; a cached row is one document, drop one."
             )
+        if cache is not None:
+            _check_positions(positions, cache)
         if positions is None:
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape
             )
         config = self.config
         x = self.embed_tokens(tokens, scale=config.embed_dim**0.5, dtype=config.dtype)
+        if cache is not None:
+            x = jnp.where((positions < cache.max_length)[:, :, None], x, jnp.nan)
         rope: dict[str, Any] = {
             kind: rope_table(positions, rope_frequencies(config, sliding=kind == SLIDING))
             for kind in (SLIDING, FULL)
@@ -157,3 +166,20 @@ class Gemma4(nnx.Module):
         projected = self.per_layer_model_projection(x) * config.embed_dim**-0.5
         context_part = self.per_layer_projection_norm(projected.reshape(shape))
         return (token_part + context_part) * 2.0**-0.5
+
+
+def _check_positions(positions: Positions | None, cache: KVCache) -> None:
+    """Refuses what a cached pass cannot mean, as far as it can be seen before tracing."""
+    if positions is None:
+        raise ValueError(
+            "a cache was given without positions; pass those of `tokens`, counted from the start "
+            "of the sequence."
+        )
+    if isinstance(positions, jax.core.Tracer):
+        return
+    last = int(jnp.max(positions))
+    if last >= cache.max_length:
+        raise ValueError(
+            f"position {last} lies beyond the cache of {cache.max_length} positions; "
+            "make the cache with a larger max_length."
+        )

@@ -88,6 +88,17 @@ def test_rows_of_different_lengths_decode_as_if_alone(split, tokens, full_logits
         np.testing.assert_allclose(out.logits[:, 0], full_logits[np.arange(3), at], atol=2e-5)
 
 
+def test_last_logits_are_those_of_the_last_document(split, tokens, full_logits):
+    """In a packed row, too, where an earlier document is the longer one."""
+    model = nnx.merge(*split)
+    segments = np.repeat([[1, 2, 0]], [25, 10, 5], axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(25), np.arange(10), np.full(5, -1)])[None]
+    both = np.concatenate([tokens[1:2, :25], tokens[:1, :15]], axis=1)
+    args = (jnp.asarray(both), jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
+    out = model(*args, logits="last")
+    np.testing.assert_allclose(out.logits[0, 0], full_logits[0, 9], atol=2e-5)
+
+
 def test_last_logits_are_those_of_the_last_valid_token(split, tokens, full_logits):
     positions = np.where(np.arange(LENGTH) < [[5], [9], [LENGTH]], np.arange(LENGTH), -1)
     model = nnx.merge(*split)
@@ -133,11 +144,34 @@ def test_cache_bytes_of_the_full_sizes_equal_the_formula(size, per_token, window
     assert sum(nbytes(x.positions) for x in cache.layers if x is not None) == 4 * slots
 
 
-def test_a_chunk_longer_than_the_cache_is_refused(split, tokens):
+def test_positions_beyond_the_cache_are_refused(split, tokens):
     model = nnx.merge(*split)
     cache = model.init_cache(batch_size=3, max_length=16)
-    with pytest.raises(ValueError, match="40 tokens does not fit a cache of 16 positions"):
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    with pytest.raises(ValueError, match="position 39 lies beyond the cache of 16 positions"):
+        model(jnp.asarray(tokens), positions, cache=cache)
+    with pytest.raises(ValueError, match="without positions"):
         model(jnp.asarray(tokens), cache=cache)
+
+
+def test_traced_positions_beyond_the_cache_give_nan(split, tokens):
+    """Where no error can be raised, a row that outgrew its cache must not look like an answer."""
+    cache = init_cache(nnx.merge(*split).config, batch_size=3, max_length=16, dtype="float32")
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (3, 16))
+    out = run(*split, tokens[:, :16], positions, cache)
+    step = run(*split, tokens[:, 16:17], np.array([[16], [15], [16]], np.int32), out.cache)
+    assert np.isnan(step.logits[[0, 2]]).all() and np.isfinite(step.logits[1]).all()
+
+
+def test_padding_may_reach_beyond_the_cache(split, tokens, full_logits):
+    """A prefill rounded up in length fits as long as its tokens do."""
+    cache = init_cache(nnx.merge(*split).config, batch_size=3, max_length=16, dtype="float32")
+    positions = np.where(np.arange(24) < 10, np.arange(24), -1)[None].repeat(3, axis=0)
+    out = run(*split, tokens[:, :24], positions.astype(np.int32), cache)
+    np.testing.assert_allclose(out.logits[:, 9], full_logits[:, 9], atol=2e-5)
+    step = np.full((3, 1), 10, np.int32)
+    out = run(*split, tokens[:, 10:11], step, out.cache)
+    np.testing.assert_allclose(out.logits[:, 0], full_logits[:, 10], atol=2e-5)
 
 
 def test_packed_documents_do_not_see_each_other(split, tokens, full_logits):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from gemmaqat.models.config import ModelConfig
-from gemmaqat.models.sizes import MINIATURES, model_config
+from gemmaqat.models.sizes import MINIATURES, SIZES, model_config
 from gemmaqat.models.transformer import Gemma4
 
 
@@ -46,7 +46,31 @@ def test_config_of_another_family_is_refused():
         ModelConfig.from_hf({"model_type": "llama"}, name="x", where="config.json")
 
 
-@pytest.mark.parametrize("name", ["e2b", "e4b", "12b", "26b_a4b", "31b"])
+@pytest.mark.parametrize("name", SIZES)
 def test_hugging_face_configuration_round_trips(name):
-    config = model_config(name)
+    config = model_config(name, stop_ids=(1, 106))
     assert ModelConfig.from_hf(config.to_hf(), name=name, where="here") == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_activation", "relu", "hidden_activation is 'relu', expected 'gelu_pytorch_tanh'"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("num_hidden_layers", 99, "num_hidden_layers is 99, expected 35"),
+        ("text_config", [1], "text_config is"),
+        ("hidden_size", None, "'hidden_size' is missing"),
+    ],
+)
+def test_configurations_that_cannot_be_computed_are_refused(field, value, message):
+    config = model_config("e2b").to_hf() | {field: value}
+    if value is None:
+        del config[field]
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(config, name="x", where="config.json")
+
+
+def test_lists_and_nulls_of_token_ids_are_read():
+    config = model_config("e2b").to_hf() | {"eos_token_id": [1, 106], "pad_token_id": None}
+    read = ModelConfig.from_hf(config, name="x", where="here")
+    assert (read.eos_id, read.stop_ids, read.pad_id) == (1, (1, 106), 0)
