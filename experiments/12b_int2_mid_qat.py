@@ -4,7 +4,7 @@ A grid without a zero, one scale per channel; the tied embeddings in 8 bits. 2 b
 training than 4; the first hundred steps stay in float so that the optimizer's statistics settle.
 
 Expected: not measured at this size; bits_ladder.py asks the same of a miniature.
-Cost (estimate): 180 GB in one device's memory (training spans one device so far), 4.5 H100-hours
+Cost (estimate): 161 GB in one device's memory (training spans one device so far), 4.5 H100-hours
 at 40 % of its peak.
 
     gemmaqat plan --config=experiments/12b_int2_mid_qat.py

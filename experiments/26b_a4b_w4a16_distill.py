@@ -4,7 +4,7 @@ Distillation from the float model; experts are quantized like every other matrix
 in int8 so that its decisions move little.
 
 Expected: not measured at this size.
-Cost (estimate): 420 GB. Training spans one device so far, so this size waits for sharded training
+Cost (estimate): 433 GB. Training spans one device so far, so this size waits for sharded training
 or for a machine with as much memory; 1 H100-hour's worth of operations at 40 % of its peak.
 
     gemmaqat plan --config=experiments/26b_a4b_w4a16_distill.py

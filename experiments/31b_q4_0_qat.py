@@ -4,7 +4,7 @@ Large models lose less to 4 bits, so measure before training: `plan` for the mem
 comparison's round-to-nearest arm, then QAT.
 
 Expected: not measured at this size.
-Cost (estimate): 390 GB. Training spans one device so far, so this size waits for sharded training
+Cost (estimate): 424 GB. Training spans one device so far, so this size waits for sharded training
 or for a machine with as much memory; 6 H100-hours' worth of operations at 40 % of its peak.
 
     gemmaqat plan --config=experiments/31b_q4_0_qat.py

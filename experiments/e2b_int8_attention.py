@@ -1,8 +1,8 @@
 """At 2 bits, is it the attention or the MLPs that break E2B?
 
-Two bits for the MLPs alone, those of the first two blocks excepted: rules are tried before the
-recipe, and the first that matches wins. `gemmaqat inspect` prints what each
-parameter gets; run it first.
+2 bits for the MLPs alone, those of the first two blocks excepted: rules are tried before the
+recipe, and the first that matches wins. `gemmaqat inspect` prints what each parameter gets; run it
+first.
 
 Expected: not measured at this size.
 Cost (estimate): 100 GB (one 141 GB accelerator), 0.6 H100-hours at 40 % of its peak.
@@ -26,7 +26,7 @@ def get_config(size: str = "e2b"):
     cfg.quantization.rules = (
         dict(module_path=r"embed_tokens.*", weight_qtype="int4", tile_size=32),
         dict(module_path=r"layers/\d+/self_attn/.*", weight_qtype="int8"),
-        dict(module_path=r"layers/\d+/per_layer_.*", weight_qtype="int8"),
+        dict(module_path=r"(.*/)?per_layer_.*", weight_qtype="int8"),
         dict(module_path=r"layers/[01]/mlp/.*", weight_qtype=None),
     )
     cfg.train.method = "distill"

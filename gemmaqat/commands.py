@@ -215,8 +215,11 @@ def _model_config(experiment: Experiment) -> ModelConfig:
     precision: dict[str, Any] = dict(
         dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
     )
-    if section.checkpoint and not _is_run(Path(section.checkpoint)):
-        return dataclasses.replace(read_config(section.checkpoint), **precision)
+    folder = Path(section.checkpoint)
+    if section.checkpoint and folder.is_dir() and not _is_run(folder):
+        return dataclasses.replace(read_config(folder), **precision)
+    if section.checkpoint and not folder.is_dir():
+        logging.info("%s: no such folder; shapes are those of %s", folder, section.name)
     return model_config(section.name, **precision)
 
 
