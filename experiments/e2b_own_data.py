@@ -9,10 +9,10 @@ Cost (estimate): 78 GB (one 80 GB accelerator is at its limit, 141 GB is calm), 
 per thousand steps at 40 % of its peak.
 
     gemmaqat train --config=experiments/e2b_own_data.py --workdir=runs/e2b_own_data \
-        --config.data.files="(dict(path='chats/*.jsonl'),)"
+        --config.data.files="({'path': 'chats/*.jsonl'},)"
 
 Two sources, 3 : 1:
-    --config.data.files="(dict(path='chats/*.jsonl', weight=3.0), dict(path='notes/*.txt'))"
+    --config.data.files="({'path': 'chats/*.jsonl', 'weight': 3.0}, {'path': 'notes/*.txt'})"
 """
 
 from gemmaqat.config import base

@@ -11,7 +11,7 @@ Cost (estimate): 100 GB for the distilled arm (one 141 GB accelerator); the thre
     gemmaqat compare --config=experiments/e2b_q4_0_qat.py --workdir=runs/e2b_q4_0 \
         --config.model.checkpoint=checkpoints/gemma-4-e2b
 
-Your text: --config.data.files="(dict(path='corpus/*.txt'),)"
+Your text: --config.data.files="({'path': 'corpus/*.txt'},)"
 """
 
 from gemmaqat.config import base

@@ -268,7 +268,10 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         return tuple(_convert(element, v, where=f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, (Mapping, ConfigDict)):
-            raise TypeError(f"{where}: expected a dict, found {value!r}.")
+            raise TypeError(
+                f"{where}: expected a dict, found {value!r}; on the command line write "
+                "\"({'field': value},)\"."
+            )
         return {key: value[key] for key in value}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
