@@ -7,14 +7,12 @@ what a comparison calls for each of its arms.
 import contextlib
 import dataclasses
 import math
-import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -138,14 +136,12 @@ def fit(
         experiment, train=dataclasses.replace(experiment.train, method=method)
     )
     workdir = Path(workdir)
-    handed_in = {"start": initial_params, "teacher": teacher}
-    hashes = {role: hash_params(p) for role, p in handed_in.items() if p is not None}
     graphdef, start = nnx.split(model)
     start = start if initial_params is None else initial_params
+    teacher = start if teacher is None else teacher
     programs = programs or make_programs(graphdef, experiment.train, experiment.optimizer)
     programs.check(graphdef, experiment.train, experiment.optimizer)
     loader = loader or make_loader(experiment.data, seed=experiment.seed)
-    workdirs.claim(workdir, experiment=experiment, table=table, hashes=hashes)
     run = _Run(
         experiment=experiment,
         workdir=workdir,
@@ -153,13 +149,19 @@ def fit(
         table=table,
         model=workdirs.model_json(model),
         programs=programs,
-        objective=make_objective(method, programs, start if teacher is None else teacher),
+        objective=make_objective(method, programs, teacher),
         progress=progress,
         holdout=holdout_batches,
         tokenizer=getattr(loader, "tokenizer", None),
-        paths=list(flatten(start)),
+        checked=[*flatten(start), "the optimizer's state"],
     )
-    return run.execute(start, loader)
+    workdirs.check_config(workdir, experiment)
+    with workdirs.lock(workdir):
+        hashes = {"start": hash_params(start)}
+        if method == "distill":
+            hashes["teacher"] = hashes["start"] if teacher is start else hash_params(teacher)
+        workdirs.claim(workdir, experiment=experiment, table=table, hashes=hashes)
+        return run.execute(start, loader)
 
 
 @dataclasses.dataclass
@@ -184,7 +186,6 @@ class _Dispatched:
     loss: jax.Array
     status: UpdateStatus
     rate: float
-    paths: list[str]  # of the parameters, in the order of `status.finite`
     batch: dict[str, np.ndarray]
 
 
@@ -202,19 +203,22 @@ class _Run:
     progress: Progress | None
     holdout: list[dict[str, np.ndarray]] | None
     tokenizer: Any
-    paths: list[str]
+    checked: list[str]  # what each flag of `UpdateStatus.finite` is about
 
     def execute(self, start: Params, loader: Any) -> FitResult:
         """Restore, loop, result."""
         keep = self.experiment.checkpoint
-        checkpoints = Checkpoints(
-            self.workdir / checkpoint.FOLDER, keep_last=keep.keep_last, keep_best=keep.keep_best
-        )
-        with contextlib.closing(checkpoints):
-            state = self._restore(checkpoints.latest(), start, loader)
-            del start
-            if state.step < self.experiment.train.num_steps:
-                self._loop(state, loader, checkpoints)
+        folder = self.workdir / checkpoint.FOLDER
+        with _sigterm_noted() as terminated:
+            checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_best=keep.keep_best)
+            with contextlib.closing(checkpoints):
+                state = self._restore(checkpoints.latest(), start, loader)
+                del start
+                if state.step < self.experiment.train.num_steps:
+                    self._loop(state, loader, checkpoints, terminated)
+        # Whenever it came, even during the last save: whoever called must not go on.
+        if terminated.is_set():
+            self._leave(state.step)
         history = read_metrics(self.workdir / METRICS)
         return FitResult(params=state.params, history=history, steps=state.step)
 
@@ -248,10 +252,12 @@ class _Run:
         table = workdirs.table_differences(saved.quantization, self.table)
         workdirs.refuse(saved.folder, "another quantization table", table)
 
-    def _loop(self, state: _State, loader: Any, checkpoints: Checkpoints) -> None:
+    def _loop(
+        self, state: _State, loader: Any, checkpoints: Checkpoints, terminated: threading.Event
+    ) -> None:
+        """Steps until the last one is saved, or the one in which SIGTERM was seen."""
         settings, keep = self.experiment.train, self.experiment.checkpoint
         with contextlib.ExitStack() as stack:
-            terminated = stack.enter_context(_sigterm_noted())
             records = Records(self.workdir, step=state.step, tensorboard=settings.tensorboard)
             stack.enter_context(contextlib.closing(records))
             meter = stack.enter_context(
@@ -280,11 +286,9 @@ class _Run:
                 metric = self._evaluate(state, records) if evaluate else None
                 if save:
                     # Before the loader moves on, so that its state is that of this step.
-                    self._save(state, loader, checkpoints, metric)
-                if state.step == settings.num_steps:
+                    self._save(state, loader, records, checkpoints, metric)
+                if stop or state.step == settings.num_steps:
                     break
-                if stop:
-                    self._leave(state, checkpoints)
 
     def _is_due(self, every: int, step: int) -> bool:
         """Every so many steps (0 = never), and after the last one."""
@@ -309,7 +313,7 @@ class _Run:
             state.params, state.optimizer, grads, rate_on_device
         )
         state.step += 1
-        return _Dispatched(state.step, loss, status, rate, self.paths, inputs)
+        return _Dispatched(state.step, loss, status, rate, inputs)
 
     def _record(self, done: _Dispatched, records: Records, meter: Meter) -> None:
         """Fetches a step's numbers, stops the run if they are none, and writes them down."""
@@ -320,7 +324,7 @@ class _Run:
             step=done.step,
             loss=float(loss),
             finite=finite,
-            paths=done.paths,
+            checked=self.checked,
             batch=done.batch,
         )
         every = self.experiment.train.log_every
@@ -354,8 +358,14 @@ class _Run:
         return loss
 
     def _save(
-        self, state: _State, loader: Any, checkpoints: Checkpoints, metric: float | None
+        self,
+        state: _State,
+        loader: Any,
+        records: Records,
+        checkpoints: Checkpoints,
+        metric: float | None,
     ) -> None:
+        records.sync()  # a checkpoint on the disk means that the lines up to it are there, too
         checkpoints.save(
             state.step,
             state.arrays(),
@@ -365,16 +375,12 @@ class _Run:
             quantization=None if self.table is None else self.table.to_json(),
         )
 
-    def _leave(self, state: _State, checkpoints: Checkpoints) -> None:
-        checkpoints.wait()
+    def _leave(self, step: int) -> NoReturn:
         logging.warning(
-            "%s: SIGTERM; saved step %d of %d in %s. To go on, run the same command again: %s",
-            self.name,
-            state.step,
-            self.experiment.train.num_steps,
-            self.workdir,
-            shlex.join(sys.argv),
-        )
+            "%s: SIGTERM; saved step %d of %d in %s. The same call with the same work directory "
+            "goes on from there.",
+            self.name, step, self.experiment.train.num_steps, self.workdir,
+        )  # fmt: skip
         raise Terminated(128 + signal.SIGTERM)
 
 

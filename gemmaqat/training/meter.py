@@ -23,23 +23,29 @@ class Meter:
     ) -> None:
         self.name, self.records, self.num_steps = name, records, num_steps
         self.bar = progress and progress(total=num_steps, initial=step, desc=name, unit="step")
-        self.start_step, self.start = step, time.perf_counter()
-        self.window_step, self.window, self.tokens = step, self.start, 0
-        self.logged = self.start
+        # Clocks start at the end of this call's first step: compilation is no part of a rate.
+        self.first_step: int | None = None
+        self.start = self.window = self.logged = time.perf_counter()
+        self.window_step, self.tokens = step, 0
 
     def update(self, step: int, loss: float, tokens: int, record_every: int) -> None:
+        """Takes the numbers of the step that has just ended, in order."""
         now = time.perf_counter()
-        self.tokens += tokens
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.bar.update(1)
         elif now - self.logged > _SECONDS_BETWEEN_LINES or step == self.num_steps:
-            rate = (step - self.start_step) / (now - self.start)
-            logging.info(
-                "%s: step %d/%d, loss %.4f, %.2f steps/s, %.0f s left",
-                self.name, step, self.num_steps, loss, rate, (self.num_steps - step) / rate,
-            )  # fmt: skip
+            pace = ""
+            if self.first_step is not None:
+                rate = (step - self.first_step) / (now - self.start)
+                pace = f", {rate:.2f} steps/s, {(self.num_steps - step) / rate:.0f} s left"
+            logging.info("%s: step %d/%d, loss %.4f%s", self.name, step, self.num_steps, loss, pace)
             self.logged = now
+        if self.first_step is None:
+            self.first_step, self.start = step, now
+            self.window_step, self.window = step, now
+            return
+        self.tokens += tokens
         if step % record_every == 0:
             seconds = now - self.window
             self.records.timing(

@@ -1,4 +1,4 @@
-"""What happens when a loss or a gradient is no longer a number: stop, name it, keep the batch."""
+"""What happens when a step's numbers are none any more: stop, name them, keep the batch."""
 
 import json
 import math
@@ -10,7 +10,7 @@ FOLDER = "nonfinite"
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient held NaN or infinity. The parameters of that step were not saved."""
+    """A loss, gradient or update held NaN or infinity. Nothing of that step was saved."""
 
 
 def check_finite(
@@ -19,7 +19,7 @@ def check_finite(
     step: int,
     loss: float,
     finite: np.ndarray,
-    paths: list[str],
+    checked: list[str],
     batch: dict[str, np.ndarray],
 ) -> None:
     """Passes a healthy step; otherwise writes its batch and raises.
@@ -28,27 +28,27 @@ def check_finite(
         workdir: gets `nonfinite/step_00000012.npz` (the batch) and `.json` (what was found).
         step: steps done, this one included.
         loss: of the step.
-        finite: one flag per parameter's gradient.
-        paths: the parameters' paths, in the same order.
+        finite: one flag per parameter (its gradient and updated value), and the optimizer's.
+        checked: the name of what each flag is about, in the same order.
         batch: the arrays of the step.
 
     Raises:
         NonFiniteError: with step, paths and the file of the batch.
     """
-    bad = [path for path, good in zip(paths, finite, strict=True) if not good]
+    bad = [name for name, good in zip(checked, finite, strict=True) if not good]
     if math.isfinite(loss) and not bad:
         return
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     path = _free(folder / f"step_{step:08d}.npz")
     np.savez(path, allow_pickle=False, **batch)
-    found = {"step": step, "loss": repr(loss), "gradients": bad}
+    found = {"step": step, "loss": repr(loss), "not_finite": bad}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1))
     shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    where = f"gradient or update not finite in {shown}" if bad else "every gradient is finite"
     raise NonFiniteError(
-        f"step {step}: loss is {loss}, gradients not finite in {shown or 'no parameter'}; the "
-        f"batch is in {path}, checkpoints before this step are untouched. Try a lower "
-        "optimizer.learning_rate or a smaller optimizer.clip_norm."
+        f"step {step}: loss is {loss}, {where}; the batch is in {path}, checkpoints before this "
+        "step are untouched. Try a lower optimizer.learning_rate or a smaller optimizer.clip_norm."
     )
 
 

@@ -17,7 +17,7 @@ class Records:
     """Appends to the record files of one work directory."""
 
     def __init__(self, workdir: Path, *, step: int, tensorboard: bool) -> None:
-        """Opens the files, cutting the metrics back to `step`.
+        """Opens the files, cutting them back to `step`.
 
         Args:
             workdir: folder of the run.
@@ -25,6 +25,7 @@ class Records:
             tensorboard: also write events under `workdir/tensorboard`.
         """
         cut_back(workdir / METRICS, step)
+        cut_back(workdir / TIMING, step)
         self._metrics = (workdir / METRICS).open("a")
         self._timing = (workdir / TIMING).open("a")
         self._board = _summary_writer(workdir, step) if tensorboard else None
@@ -36,6 +37,10 @@ class Records:
     def timing(self, step: int, values: dict[str, float]) -> None:
         """One line of timing.jsonl."""
         self._write(self._timing, step, values)
+
+    def sync(self) -> None:
+        """Returns once the metrics are on the disk, safe from a power cut."""
+        os.fsync(self._metrics.fileno())
 
     def _write(self, file: Any, step: int, values: dict[str, float]) -> None:
         # Flushed whole: a killed process leaves at most one torn line, beyond its checkpoint.

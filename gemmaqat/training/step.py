@@ -36,15 +36,16 @@ Batch = dict[str, Array]  # [A, B, T] each: A micro-batches
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateStatus:
-    """What an update tells about its gradient.
+    """What an update tells about its numbers.
 
     Attributes:
         gradient_norm: of the whole gradient, before clipping.
-        finite: one flag per parameter, in the order of `jax.tree.leaves(params)`.
+        finite: one flag per parameter, in the order of `jax.tree.leaves(params)`, for its gradient
+            and its updated value together; the last one is for the whole optimizer state.
     """
 
     gradient_norm: Float[Array, ""]
-    finite: Bool[Array, " leaves"]
+    finite: Bool[Array, " flags"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,15 +187,19 @@ def _update(
     grads: Params,
     rate: Float[Array, ""],
 ) -> tuple[Params, optax.OptState, UpdateStatus]:
-    status = UpdateStatus(
-        gradient_norm=optax.tree.norm(grads),
-        finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]),
-    )
+    norm = optax.tree.norm(grads)
+    before = _finite(grads)
     direction, state = transformation.update(grads, state, params)
     params = jax.tree.map(
         lambda param, step: (param - rate * step).astype(param.dtype), params, direction
     )
-    return params, state, status
+    # All that a checkpoint holds: a finite gradient may still overflow an update or a moment.
+    finite = jnp.append(before & _finite(params), _finite(state).all())
+    return params, state, UpdateStatus(gradient_norm=norm, finite=finite)
+
+
+def _finite(tree: Any) -> Bool[Array, " leaves"]:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool)
 
 
 def _settings(train: TrainConfig, optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """The work directory of a run: whose it is, and what it says about itself."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 import gemmaqat
 from gemmaqat import config
@@ -17,7 +22,34 @@ from gemmaqat.training.records import METRICS, write_atomically
 
 CONFIG, QUANTIZATION, RUN = "config.json", "quantization.json", "run.json"
 
+_LOCK = ".lock"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the directory, created where missing, against every other process.
+
+    The operating system frees it when this process ends, however it ends; the empty file stays.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{workdir}: another process is working here; wait for it or choose another "
+                "--workdir."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logging.warning("%s: this file system has no locks; see to it that no other process "
+                            "works there.", workdir)  # fmt: skip
+        yield
 
 
 def claim(
@@ -28,8 +60,8 @@ def claim(
     Args:
         workdir: created where missing.
         experiment: the whole config; any difference makes it another run.
-        table: the resolved quantization; None for a float run.
-        hashes: SHA-256 of the parameters that were handed in (start, teacher), by role.
+        table: the resolved quantization; None for a float run, which gets no quantization.json.
+        hashes: SHA-256 of the parameters that the run rests on (start, teacher), by role.
 
     Raises:
         ValueError: it belongs to another run. Nothing in it has been touched.
@@ -39,7 +71,8 @@ def claim(
         _check_inputs(workdir, table=table, hashes=hashes)
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(workdir / QUANTIZATION, None if table is None else table.to_json())
+    if table is not None:
+        _write_json(workdir / QUANTIZATION, table.to_json())
     _write_json(workdir / RUN, _about(experiment, hashes))
     # Last: a directory is claimed once its config is there.
     _write_json(workdir / CONFIG, config.to_json(experiment))
@@ -88,8 +121,9 @@ def refuse(where: Path, belongs_to: str, differences: list[str]) -> None:
 
 
 def _check_inputs(workdir: Path, *, table: Table | None, hashes: dict[str, str]) -> None:
-    found = json.loads((workdir / QUANTIZATION).read_text())
-    refuse(workdir / QUANTIZATION, "another quantization table", table_differences(found, table))
+    path = workdir / QUANTIZATION
+    found = json.loads(path.read_text()) if path.exists() else None
+    refuse(path, "another quantization table", table_differences(found, table))
     about = json.loads((workdir / RUN).read_text())
     refuse(workdir / RUN, "a run from other parameters", plain_differences(about["hashes"], hashes))
 

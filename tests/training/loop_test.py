@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,9 +16,10 @@ from gemmaqat import config as configs
 from gemmaqat.data.loader import make_loader
 from gemmaqat.quantization.rules import Table, resolve
 from gemmaqat.training import start
+from gemmaqat.training.checkpoint import Checkpoints
 from gemmaqat.training.loop import Terminated, train
-from gemmaqat.training.nonfinite import NonFiniteError
-from gemmaqat.training.records import read_metrics
+from gemmaqat.training.nonfinite import NonFiniteError, check_finite
+from gemmaqat.training.records import Records, read_metrics
 from gemmaqat.training.trees import flatten, hash_params
 
 
@@ -94,11 +97,30 @@ def test_sigterm_saves_says_how_to_go_on_and_the_run_ends_the_same(
     with caplog.at_level("WARNING", logger="absl"), pytest.raises(Terminated) as exit_:
         run(tmp_path / "run", experiment(), loader=interrupting(5, terminate))
     assert exit_.value.code == 128 + signal.SIGTERM
-    assert "saved step 5 of 8" in caplog.text and "same command again" in caplog.text
+    assert "saved step 5 of 8" in caplog.text and "goes on from there" in caplog.text
     assert (tmp_path / "run/checkpoints/00000005").is_dir()
     result = run(tmp_path / "run", experiment())
     assert hash_params(result.params) == hash_params(finished[1].params)
     assert result.history == finished[1].history
+
+
+def test_sigterm_during_the_last_save_is_not_swallowed(run, experiment, tmp_path, monkeypatch):
+    commit = Checkpoints._finish
+
+    def terminated_commit(self, draft, step):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        commit(self, draft, step)
+
+    monkeypatch.setattr(Checkpoints, "_finish", terminated_commit)
+    earlier = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("met the caller's handler"))
+    try:
+        with pytest.raises(Terminated):
+            run(tmp_path / "run", experiment())
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert (tmp_path / "run/checkpoints/00000008").is_dir()
+    assert run(tmp_path / "run", experiment()).steps == 8
 
 
 def test_a_crash_between_saves_is_resumed_bit_by_bit(
@@ -110,13 +132,15 @@ def test_a_crash_between_saves_is_resumed_bit_by_bit(
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "run", experiment(), loader=interrupting(6, crash))
     # Lines beyond the checkpoint of step 3, and a torn one, as a killed process leaves them.
-    metrics = tmp_path / "run/metrics.jsonl"
+    metrics, timing = tmp_path / "run/metrics.jsonl", tmp_path / "run/timing.jsonl"
     assert read_metrics(metrics)[-1]["step"] > 3
     with metrics.open("a") as file:
         file.write('{"step": 6, "train/lo')
     result = run(tmp_path / "run", experiment())
     assert hash_params(result.params) == hash_params(finished[1].params)
     assert metrics.read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    # Each call's first step pays for compilation: it has no rate.
+    assert [line["step"] for line in read_metrics(timing)] == [2, 3, 5, 6, 7, 8]
 
 
 def test_a_directory_of_another_config_is_refused_with_nothing_lost(finished, run, experiment):
@@ -152,6 +176,50 @@ def test_other_starting_parameters_are_refused(run, model, experiment, tmp_path)
         run(tmp_path / "run", experiment(), initial_params=jax.tree.map(lambda p: p * 2, params))
 
 
+def test_a_run_rests_on_its_model_and_teacher(run, model, experiment, tmp_path):
+    graphdef, params = nnx.split(model)
+    other = nnx.merge(graphdef, jax.tree.map(lambda p: p * 2, params))
+    run(tmp_path / "run", experiment(), method="distill")
+    with pytest.raises(ValueError, match=r"from other parameters.*start: .*; teacher: "):
+        run(tmp_path / "run", experiment(), method="distill", model=other)
+
+
+def test_two_processes_cannot_work_in_one_directory(finished, run, experiment, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    hold = (
+        "import pathlib, sys; from gemmaqat.training import workdir\n"
+        f"with workdir.lock(pathlib.Path({str(workdir)!r})): print(); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", hold],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as other:  # fmt: skip
+        other.stdout.readline()
+        before = _files(workdir)
+        with pytest.raises(ValueError, match=r"run: another process is working here; wait"):
+            run(workdir, experiment())
+        assert _files(workdir) == before
+        other.kill()
+    assert run(workdir, experiment()).steps == 8
+
+
+def test_records_reach_the_disk_before_the_checkpoint_that_counts_on_them(
+    run, experiment, tmp_path, monkeypatch
+):
+    events, sync, save = [], Records.sync, Checkpoints.save
+    synced = lambda self: (sync(self), events.append("sync"))  # noqa: E731
+    monkeypatch.setattr(Records, "sync", synced)
+
+    def saved(self, step, *args, **kwargs):
+        events.append(step)
+        save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    run(tmp_path / "run", experiment())
+    assert events == ["sync", 3, "sync", 6, "sync", 8]
+
+
 def test_files_of_unknown_origin_are_not_overwritten(run, experiment, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     with pytest.raises(ValueError, match=r"holds metrics\.jsonl but no config\.json"):
@@ -168,12 +236,19 @@ def test_a_non_finite_step_stops_the_run_and_keeps_its_batch(
     with pytest.raises(NonFiniteError, match=r"step 5: loss is nan.*embed_tokens/weight"):
         run(tmp_path / "run", experiment(), loader=interrupting(5, poison))
     found = json.loads((tmp_path / "run/nonfinite/step_00000005.json").read_text())
-    assert "layers/0/mlp/down_proj/weight" in found["gradients"]
+    assert "layers/0/mlp/down_proj/weight" in found["not_finite"]
     batch = np.load(tmp_path / "run/nonfinite/step_00000005.npz")
     assert np.isnan(batch["loss_weights"]).all() and batch["tokens"].shape == (4, 64)
     # The last healthy checkpoint stays the newest, and no line records the bad step.
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["00000003"]
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 4
+
+
+def test_a_loss_alone_that_is_no_number_is_said_so(tmp_path):
+    with pytest.raises(NonFiniteError, match="loss is nan, every gradient is finite; the batch"):
+        check_finite(
+            tmp_path, step=3, loss=float("nan"), finite=np.ones(1, bool), checked=["w"], batch={}
+        )
 
 
 def test_a_delayed_start_is_float_before_and_quantized_after(finished, run, experiment, tmp_path):

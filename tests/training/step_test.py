@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -13,7 +14,7 @@ from gemmaqat.quantization.fake import fake_quantize
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.training import losses
 from gemmaqat.training.loop import fit
-from gemmaqat.training.step import make_programs, split_batch
+from gemmaqat.training.step import _update, make_programs, split_batch
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,22 @@ def test_the_update_consumes_its_inputs(params, programs):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((own, state)) if leaf.size > 1)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, updated)))
     assert status.finite.all()
+
+
+@pytest.mark.parametrize(
+    "value, gradient, finite",
+    [
+        (1.0, 1.0, [True, True]),
+        (1.0, np.inf, [False, False]),
+        (-3e38, 1.0, [False, True]),  # the update is too much
+        (1.0, 1e30, [True, False]),  # the square of the gradient is, and the update is nothing
+    ],
+)
+def test_the_flags_cover_gradient_update_and_optimizer(value, gradient, finite):
+    adam = optax.scale_by_adam()
+    params, grads = {"w": jnp.full((2,), value)}, {"w": jnp.full((2,), gradient)}
+    status = _update(adam, params, adam.init(params), grads, jnp.float32(3e38))[2]
+    assert status.finite.tolist() == finite
 
 
 def test_arms_of_one_loss_share_one_program(model, experiment, tmp_path):
