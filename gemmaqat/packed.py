@@ -108,7 +108,7 @@ class PackedTensor:
         return rows.reshape(*x.shape[:-1], self.shape[-1])
 
     def take(self, ids: Int[Array, "..."], *, backend: str = "auto") -> Float[Array, "... D"]:
-        """Rows `ids` of a table `[V, D]`, in float32; ids out of range give the last row."""
+        """Rows `ids` of a table `[V, D]`, in float32; ids are clipped to 0 .. V - 1."""
         if not self.transposed:
             raise TypeError(
                 f"take: a packed weight of shape {self.shape} has its blocks across the rows; only "

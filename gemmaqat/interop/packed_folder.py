@@ -7,6 +7,7 @@ packed.safetensors   `<path>/words` and `<path>/scales` of packed parameters, `<
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, from_arrays, to_arrays
 from gemmaqat.planning.parameters import abstract_model
-from gemmaqat.quantization.rules import Table
+from gemmaqat.quantization.table import Entry, Table
 
 FORMAT = "gemmaqat-packed"
-WEIGHTS = "packed.safetensors"
+WEIGHTS, TABLE = "packed.safetensors", "quantization.json"
 
 
 def is_packed_folder(folder: str | Path) -> bool:
@@ -33,24 +34,27 @@ def save_packed(model: Any, folder: str | Path, *, table: Table) -> None:
     """Writes a converted `Gemma4` and the table it was converted by.
 
     Raises:
-        ValueError: the folder holds files already; none of them is touched.
+        ValueError: the folder holds files already, of which none is touched, or the table is not
+            the model's.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder for the packed weights.")
-    folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {}
     layouts: dict[str, Any] = {}
+    entries = table.by_path
     for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         path = "/".join(map(str, keys))
         value = variable.get_value()
+        _check_entry(path, value, entries.get(path), where=str(folder))
         if isinstance(value, PackedTensor):
             parts, layouts[path] = to_arrays(value)
             arrays |= {f"{path}/{name}": part for name, part in parts.items()}
         else:
             arrays[path] = value
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_hf(), indent=1) + "\n")
-    (folder / "quantization.json").write_text(json.dumps(table.to_json(), indent=1) + "\n")
+    (folder / TABLE).write_text(json.dumps(table.to_json(), indent=1) + "\n")
     write_safetensors(
         folder / WEIGHTS, arrays, metadata={"format": FORMAT, "packed": json.dumps(layouts)}
     )
@@ -61,35 +65,146 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
 
     Args:
         folder: the folder.
-        dtype: of the computation; None = float32.
+        dtype: of the computation; None = float32. Parameters keep the dtypes they were saved in.
 
     Raises:
-        FileNotFoundError: the folder or its configuration is missing.
-        ValueError: the file is damaged, or a parameter is missing.
+        FileNotFoundError: the folder, its configuration, table or weights are missing.
+        ValueError: a file is damaged, a parameter is missing or unknown, or the weights are not
+            stored as the table says.
     """
     folder = Path(folder)
-    config = dataclasses.replace(read_config(folder), dtype=jnp.dtype(dtype or "float32").name)
+    config, table = read_config(folder), _read_table(folder)
+    if not is_packed_folder(folder):
+        raise FileNotFoundError(f"{folder / WEIGHTS}: missing; give a folder of packed weights.")
     file = SafetensorsFile(folder / WEIGHTS)
-    if file.metadata.get("format") != FORMAT:
-        raise ValueError(f"{file.path}: not written by gemmaqat (no format {FORMAT!r}).")
-    layouts = json.loads(file.metadata["packed"])
+    layouts = _read_layouts(file)
+    config = dataclasses.replace(
+        config,
+        dtype=jnp.dtype(dtype or "float32").name,
+        param_dtype=next((entry.dtype for entry in table.entries), config.param_dtype),
+    )
     graphdef, state = nnx.split(abstract_model(config))
+    wanted = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
+    entries = table.by_path
+    _check_names(file, layouts, set(wanted), set(entries))
     flat: dict[Any, Any] = {}
-    for keys, variable in nnx.to_flat_state(state):
-        path = "/".join(map(str, keys))
-        names = [f"{path}/words", f"{path}/scales"] if path in layouts else [path]
-        for name in names:
-            if name not in file.tensors:
-                raise ValueError(
-                    f"{file.path}: {name!r} is missing; config.json and the weights do not belong "
-                    "together."
-                )
-        arrays = {name.rpartition("/")[2]: jnp.array(file.array(name)) for name in names}
-        value: Any = from_arrays(arrays, layouts[path]) if path in layouts else arrays.popitem()[1]
+    for path, (keys, variable) in wanted.items():
+        value = _read_value(file, path, layouts.get(path))
         if value.shape != variable.shape:
             raise ValueError(
                 f"{file.path}: {path!r} has shape {list(value.shape)}, config.json asks for "
                 f"{list(variable.shape)}; they do not belong together."
             )
+        _check_entry(path, value, entries[path], where=str(folder))
         flat[keys] = variable.replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _read_table(folder: Path) -> Table:
+    path = folder / TABLE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; packed weights have their table beside them.")
+    try:
+        return Table.from_json(json.loads(path.read_text()))
+    except ValueError as error:  # of JSON, too
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_layouts(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
+    """The metadata of the packed parameters by path."""
+    if file.metadata.get("format") != FORMAT:
+        raise ValueError(f"{file.path}: not written by gemmaqat (no format {FORMAT!r}).")
+    try:
+        layouts = json.loads(file.metadata["packed"])
+    except (KeyError, ValueError):
+        layouts = None
+    if not isinstance(layouts, dict):
+        raise ValueError(
+            f"{file.path}: the header's metadata holds no 'packed' (a JSON object that says how "
+            "each packed parameter is stored); restore the file from a copy."
+        )
+    return layouts
+
+
+def _check_names(
+    file: SafetensorsFile, layouts: Mapping[str, Any], model: set[str], table: set[str]
+) -> None:
+    """The model's parameters, those of the table and those of the file must be the same."""
+    names = {path: _names(path, path in layouts) for path in model}
+    together = "config.json, the table and the weights do not belong together."
+    for path in sorted(model):
+        for name in names[path]:
+            if name not in file.tensors:
+                raise ValueError(f"{file.path}: {name!r} is missing; {together}")
+    unknown = sorted(file.tensors.keys() - {n for parts in names.values() for n in parts})
+    unknown += sorted(layouts.keys() - model)
+    if unknown:
+        raise ValueError(f"{file.path}: {unknown[0]!r} is no parameter of the model; {together}")
+    if model != table:
+        raise ValueError(
+            f"{file.path.parent / TABLE}: {min(model ^ table)!r} is not in both the table and the "
+            f"model; {together}"
+        )
+
+
+def _names(path: str, packed: bool) -> tuple[str, ...]:
+    return (f"{path}/words", f"{path}/scales") if packed else (path,)
+
+
+def _read_value(file: SafetensorsFile, path: str, layout: dict[str, Any] | None) -> Any:
+    if layout is None:
+        return jnp.array(file.array(path))
+    words, scales = (jnp.array(file.array(name)) for name in _names(path, True))
+    try:
+        return from_arrays({"words": words, "scales": scales}, layout)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.path}: {path}: the metadata does not describe these arrays ({error}); restore "
+            "the file from a copy."
+        ) from None
+
+
+def _check_entry(path: str, value: Any, entry: Entry | None, *, where: str) -> None:
+    """Compares how one parameter is stored with what the table says of it."""
+    found, expected = _storage(value), "not in the table" if entry is None else _planned(entry)
+    if found != expected:
+        raise ValueError(
+            f"{where}: {path}: {found} -> {expected} ({TABLE}); the weights were not converted by "
+            "this table."
+        )
+
+
+def _storage(value: Any) -> str:
+    """How a parameter is stored, in the words of `_planned`."""
+    if not isinstance(value, PackedTensor):
+        return f"kept in {jnp.dtype(value.dtype).name}"
+    scales = value.scales if value.order == "contract" else value.scales.mT
+    if value.transposed:
+        scales = scales.mT
+    return _in_words(
+        value.layout.code_bits,
+        value.layout.levels,
+        tuple(scales.shape),
+        jnp.dtype(scales.dtype).name,
+        value.order,
+        -1 if value.transposed else -2,
+    )
+
+
+def _planned(entry: Entry) -> str:
+    """How the table wants a parameter stored."""
+    if entry.grid is None:
+        return f"kept in {entry.dtype}"
+    return _in_words(
+        entry.grid.bits,
+        entry.grid.levels,
+        entry.grid.scale_shape(entry.shape, entry.axis),
+        entry.grid.scale_dtype,
+        entry.order,
+        entry.axis,
+    )
+
+
+def _in_words(bits: int, levels: str, scales: tuple[int, ...], dtype: str, order: str, axis: int):
+    shape = "x".join(map(str, scales))
+    return f"{bits} bits, levels {levels}, {shape} {dtype} scales, axis {axis}, order {order}"

@@ -50,7 +50,7 @@ def gather(
     scales: Float[Array, "C D"],
     layout: Layout,
 ) -> Float[Array, "... K"]:
-    """Columns `ids` of the dequantized matrix (rows of the table it was packed from)."""
+    """Columns `ids` of the dequantized matrix (rows of the table it was packed from), clipped."""
     return jnp.take(dequantize(words, scales, layout).T, ids, axis=0, mode="clip")
 
 

@@ -22,7 +22,6 @@ _FEW_ROWS = 8  # up to here a tile spans many columns and few rows, beyond the r
 _TALL, _WIDE = 64, 2**14  # tile of the few-rows case
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul(
     x: Float[Array, "M K"],
     words: UInt32[Array, "A B"],
@@ -30,22 +29,9 @@ def matmul(
     layout: Layout,
 ) -> Float[Array, "M N"]:
     """`x` times the dequantized matrix, accumulated in float32, in the dtype of `x`."""
-    return _product(x, words, scales, layout, transposed=False)
+    return _differentiable_product(x, words, scales, layout, False)
 
 
-def _matmul_forward(x, words, scales, layout):
-    return matmul(x, words, scales, layout), (words, scales)
-
-
-def _matmul_backward(layout, saved, g):
-    words, scales = saved
-    return _product(g, words, scales, layout, transposed=True), None, None
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul_transposed(
     x: Float[Array, "M N"],
     words: UInt32[Array, "A B"],
@@ -53,19 +39,23 @@ def matmul_transposed(
     layout: Layout,
 ) -> Float[Array, "M K"]:
     """`x` times the transpose of the dequantized matrix."""
-    return _product(x, words, scales, layout, transposed=True)
+    return _differentiable_product(x, words, scales, layout, True)
 
 
-def _transposed_forward(x, words, scales, layout):
-    return matmul_transposed(x, words, scales, layout), (words, scales)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _differentiable_product(x, words, scales, layout: Layout, transposed: bool) -> Array:
+    return _product(x, words, scales, layout, transposed=transposed)
 
 
-def _transposed_backward(layout, saved, g):
-    words, scales = saved
-    return _product(g, words, scales, layout, transposed=False), None, None
+def _forward(x, words, scales, layout, transposed):
+    return _product(x, words, scales, layout, transposed=transposed), (words, scales)
 
 
-matmul_transposed.defvjp(_transposed_forward, _transposed_backward)
+def _backward(layout, transposed, saved, g):
+    return _product(g, *saved, layout, transposed=not transposed), None, None
+
+
+_differentiable_product.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -75,7 +65,7 @@ def gather(
     scales: Float[Array, "C D"],
     layout: Layout,
 ) -> Float[Array, "... K"]:
-    """Columns `ids` of the dequantized matrix (rows of the table it was packed from)."""
+    """Columns `ids` of the dequantized matrix (rows of the table it was packed from), clipped."""
     axis = 1 if layout.order == "contract" else 0
     flat = ids.reshape(-1)
     words = jnp.take(words, flat, axis=axis, mode="clip")

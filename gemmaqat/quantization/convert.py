@@ -36,7 +36,8 @@ def convert_params(
     """The same tree with quantized arrays packed; arguments as in `convert`.
 
     Raises:
-        ValueError: the tree, the table and the codes do not fit each other.
+        ValueError: the tree, the table and the codes do not fit each other, or a weight to be
+            quantized holds NaN or infinity.
     """
     entries, codes = matching_entries(params, table), codes or {}
     for path in codes:
@@ -48,8 +49,11 @@ def convert_params(
         if entry.grid is None:
             return value
         if path in codes:
-            return pack_entry(codes[path], entry)
-        return _quantize_and_pack(value, entry.grid, entry.axis, entry.order)
+            packed = pack_entry(codes[path], entry)
+        else:
+            packed = _quantize_and_pack(value, entry.grid, entry.axis, entry.order)
+        _check_finite(path, packed.scales, entry.grid)
+        return packed
 
     return trees.map_weights(one, params)
 
@@ -78,6 +82,18 @@ def dequantize_params(params: Params, dtype: Any = jnp.float32) -> Params:
         return _dequantize(value, dtype) if isinstance(value, PackedTensor) else value
 
     return trees.map_weights(one, params)
+
+
+def _check_finite(path: str, scales: jax.Array, grid: Grid) -> None:
+    """A weight that is not finite shows in its scales, which are few."""
+    if isinstance(scales, jax.core.Tracer):  # its values are not known yet
+        return
+    wrong = int(jnp.sum(~jnp.isfinite(scales)))
+    if wrong:
+        raise ValueError(
+            f"{path}: {wrong} of {scales.size} scales are not finite; the weight holds NaN or "
+            f"infinity, or is too large for {grid.scale_dtype} scales. Take an earlier checkpoint."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -20,7 +20,8 @@ def fake_quantize(params: Params, table: Table) -> Params:
 
     Args:
         params: the tree the table was resolved for, or its values as nested dicts.
-        table: which grid each parameter gets; the others are returned untouched.
+        table: which grid each parameter gets; the others are returned untouched. Quantized ones
+            come back in float32, as packed ones decode, and their gradients in their own dtype.
 
     Raises:
         ValueError: the tree and the table do not hold the same parameters.

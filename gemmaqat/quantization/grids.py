@@ -8,11 +8,13 @@ eager, jitted and differentiated programs give the same bits:
   broadcast scale anyway (so qwix's codes come out so), and ggml's quantizers are written so;
 - between a product and a sum stands a clip, or LLVM would contract the two into one rounding;
 - divisions that must round once have a divisor XLA cannot fold into a constant reciprocal.
+
+A NaN or an infinity makes the scale of its block NaN, and so every value under that scale.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,7 @@ class Grid:
     rounding: str = "even"  # ties: to even, up (ggml Q4_0), away from zero (ggml Q8_0)
 
     def __post_init__(self) -> None:
+        check_types(self, "grid: ")
         for field, known in (
             ("levels", LEVELS),
             ("scale_rule", SCALE_RULES),
@@ -74,8 +77,8 @@ class Grid:
                 "does not have; use 'absmax', 'mean_abs' or 'mse'."
             )
         _check_block(self.block)
-        if not self.scale_factor > 0:
-            raise ValueError(f"grid: scale_factor={self.scale_factor} is not positive.")
+        if not 0 < self.scale_factor < np.inf:
+            raise ValueError(f"grid: scale_factor={self.scale_factor} is not a positive number.")
         if self.scale_factor != 1.0 and self.scale_rule in ("ggml", "mse"):
             raise ValueError(f"grid: scale_rule={self.scale_rule!r} takes no scale_factor.")
         if self.scale_bits is not None and not 1 <= self.scale_bits <= 24:
@@ -135,6 +138,26 @@ class Grid:
         return f"{name} {where} {self.scale_rule}{factor} {dtype}{bits}{after}"
 
 
+def check_types(owner: Any, where: str) -> None:
+    """Compares the fields of a dataclass with their annotations.
+
+    Raises:
+        TypeError: a field of another type; the message starts with `where`.
+    """
+    for field in dataclasses.fields(owner):
+        if field.type is Any:
+            continue
+        found, kinds = getattr(owner, field.name), get_args(field.type) or (field.type,)
+        if float in kinds:
+            kinds = (*kinds, int)
+        # bool is an int to Python; a flag in the place of a number is a mistake.
+        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+            expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            raise TypeError(
+                f"{where}{field.name}={found!r} is {type(found).__name__}, expected {expected}."
+            )
+
+
 class Codes(NamedTuple):
     """Codes (int8, the weight's shape) and stored scales (see `Grid.scale_shape`)."""
 
@@ -170,7 +193,10 @@ def dequantize(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def fake_quantize_array(w: Float[Array, "..."], grid: Grid, axis: int = -2) -> Float[Array, "..."]:
-    """`dequantize(quantize(w))` in the dtype of `w`, with the gradient of the identity.
+    """`dequantize(quantize(w))` with the gradient of the identity.
+
+    The result is float32 whatever the dtype of `w`, because that is what packed codes decode to: a
+    model casts either to its compute dtype when it meets an activation, and there alone.
 
     The straight-through estimator (Bengio et al., 2013, arXiv 1308.3432) without a clip: the scale
     is a constant of the gradient, and weights beyond the range keep theirs.
@@ -180,7 +206,7 @@ def fake_quantize_array(w: Float[Array, "..."], grid: Grid, axis: int = -2) -> F
 
 @fake_quantize_array.defjvp
 def _straight_through(grid, axis, primals, tangents):
-    return fake_quantize_array(primals[0], grid, axis), tangents[0]
+    return fake_quantize_array(primals[0], grid, axis), tangents[0].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -188,7 +214,7 @@ def _nearest(w: Array, grid: Grid, axis: int) -> Array:
     blocks = _blocks(w.astype(jnp.float32), grid, axis)
     scale, stored = _scales(blocks, grid, axis)
     value = _level(_encode(blocks, scale, grid), grid) * stored
-    return value.reshape(w.shape).astype(w.dtype)
+    return value.reshape(w.shape)
 
 
 def _blocks(w: Array, grid: Grid, axis: int) -> Array:
@@ -214,15 +240,22 @@ def _scales(blocks: Array, grid: Grid, axis: int) -> tuple[Array, Array]:
     """The scale codes are chosen with and the stored one, float32, broadcastable to blocks."""
     axes = _reduced_axes(grid, axis)
     if grid.scale_rule == "mse":
-        return _search(blocks, grid, axes)
+        scale, stored = _search(blocks, grid, axes)
+    else:
+        scale, stored = _stored_pair(_exact_scale(blocks, grid, axes), grid)
+    # No rule would keep it otherwise: a comparison with NaN is false, a clip bounds infinity.
+    finite = jnp.all(jnp.isfinite(blocks), axis=axes, keepdims=True)
+    return scale, jnp.where(finite, stored, jnp.nan)
+
+
+def _exact_scale(blocks: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
+    """The scale of a rule that needs no search, before it is rounded."""
     if grid.scale_rule == "ggml":
         # Division by a power of two: exact.
-        scale = _signed_extreme(blocks, axes) / grid.lowest
-    elif grid.scale_rule == "mean_abs":
-        scale = jnp.mean(jnp.abs(blocks), axis=axes, keepdims=True) * grid.scale_factor
-    else:
-        scale = _absmax(blocks, grid, axes)
-    return _stored_pair(scale, grid)
+        return _signed_extreme(blocks, axes) / grid.lowest
+    if grid.scale_rule == "mean_abs":
+        return jnp.mean(jnp.abs(blocks), axis=axes, keepdims=True) * grid.scale_factor
+    return _absmax(blocks, grid, axes)
 
 
 def _absmax(blocks: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
@@ -293,12 +326,17 @@ def _stored_pair(scale: Array, grid: Grid) -> tuple[Array, Array]:
 def _round_scale(scale: Array, grid: Grid) -> Array:
     """Rounds to the stored dtype and its significant bits, in float32 arithmetic.
 
-    Not by a cast there and back, which XLA may remove as excess precision.
+    Not by a cast there and back, which XLA may remove as excess precision. A scale that the dtype
+    can hold stays finite; one beyond the dtype becomes infinite, as in ggml.
     """
-    mantissa = jnp.finfo(grid.scale_dtype).nmant
+    info = jnp.finfo(grid.scale_dtype)
+    mantissa = info.nmant
     if grid.scale_bits is not None:
         mantissa = min(mantissa, grid.scale_bits - 1)
     rounded = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=mantissa)
+    largest = np.float32((2 - 2.0**-mantissa) * 2.0 ** (info.maxexp - 1))
+    bounded = jnp.clip(rounded, -largest, largest)
+    rounded = jnp.where(jnp.abs(scale) <= np.float32(info.max), bounded, rounded)
     if grid.scale_dtype != "float16":
         return rounded
     subnormal = jnp.round(scale * np.float32(2**24)) * np.float32(2**-24)

@@ -40,17 +40,14 @@ _GRIDS: dict[str, dict[str, Any]] = {
         weight_qtype="int4", tile_size=32, scale_rule="absmax_half", scale_dtype="bfloat16"
     ),
     "int3_channel": dict(weight_qtype="int3", scale_rule="absmax"),
-    # The deployed 2-bit grid, codes -2..1; 1.4 was the best of the simple rules (0.8 to 1.8).
+    # The deployed 2-bit grid, codes -2..1.
     "int2_channel": dict(weight_qtype="int2", scale_rule="mean_abs", scale_factor=1.4),
     "int2_mid_channel": dict(
         weight_qtype="int2", levels="half", scale_rule="mean_abs", scale_factor=1.25
     ),
-    # In short blocks the signed extreme beats a multiple of the mean (squared error .131 to .149
-    # of a normal weight's variance).
     "int2_block32": dict(
         weight_qtype="int2", tile_size=32, scale_rule="ggml", scale_dtype="float16"
     ),
-    # 1.53 times the mean magnitude lost less than BitNet's 1.0.
     "ternary": dict(weight_qtype="ternary", scale_rule="mean_abs", scale_factor=1.53),
 }
 

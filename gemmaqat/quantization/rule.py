@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid
+from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid, check_types
 
 QTYPES = ("int8", "int4", "int3", "int2", "ternary")
 INDIVISIBLE = ("error", "keep", "channel")
@@ -56,9 +56,10 @@ class Rule:
     indivisible: str = "error"  # a block that does not divide: error | keep (float) | channel
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         try:
             re.compile(self.module_path)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(
                 f"module_path={self.module_path!r} is not a regular expression: {error}."
             ) from None
@@ -66,8 +67,11 @@ class Rule:
         if self.indivisible not in INDIVISIBLE:
             raise ValueError(_not_one_of("indivisible", self.indivisible, INDIVISIBLE))
         tile = self.tile_size
-        if isinstance(tile, bool) or not isinstance(tile, (int, float, type(None))):
-            raise ValueError(f"tile_size={tile!r} is not a number.")
+        if isinstance(tile, int) and tile < 0:
+            raise ValueError(
+                f"tile_size={tile} is negative; 0 or None means one scale per channel, "
+                "disable_channelwise_axes=True one per matrix."
+            )
         if isinstance(tile, float) and not 0 < tile <= 1:
             raise ValueError(
                 f"tile_size={tile} as a fraction of the axis must be above 0, at most 1."
@@ -157,7 +161,7 @@ def as_rule(source: Any, *, where: str) -> Rule:
     Raises:
         ValueError: an unknown field or value (with the nearest name), or a qwix field that cannot
             be honoured.
-        TypeError: not a rule at all.
+        TypeError: not a rule at all, or a field of the wrong type.
     """
     if isinstance(source, Rule):
         return source
@@ -180,8 +184,8 @@ def as_rule(source: Any, *, where: str) -> Rule:
             kept[key] = value
     try:
         return Rule(**kept)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _qtype_name(qtype: Any) -> str | None:

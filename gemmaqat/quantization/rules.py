@@ -31,8 +31,11 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
         rules_or_recipe: a recipe's name, a rule, or a sequence of rules (`Rule`, a dict of its
             fields, or a qwix rule).
         params: an NNX model, an `nnx.State`, or a nested dict. `nnx.Param` metadata
-            `contraction_axis` says which axis is contracted (-2 otherwise, -1 for a leaf named
-            `embedding`), `gather_only` that rows are only ever read.
+            `contraction_axis` says which axis is contracted, `gather_only` that rows are only ever
+            read. Without it a matrix is contracted over axis -2, a leaf named `embedding` over
+            -1, and an array of rank 3 or more is kept: it may be a stack of experts, a projection
+            to heads or a convolution, whose axes differ. Pure dicts carry no metadata, so resolve
+            the model or its state and use that table for the dict.
         rules: tried before `rules_or_recipe`; first match wins.
 
     Raises:
@@ -41,26 +44,31 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
     """
     own = [as_rule(rule, where=f"quantization.rules[{i}]") for i, rule in enumerate(rules)]
     named = isinstance(rules_or_recipe, str)
+    places = [f"quantization.rules[{i}]" for i in range(len(own))]
     if named:
         following = list(recipe(rules_or_recipe))
+        places += [f"recipe {rules_or_recipe!r}, rule {r.name!r}" for r in following]
     else:
         if not isinstance(rules_or_recipe, Sequence):
             rules_or_recipe = (rules_or_recipe,)
+        places += [f"quantization.rules[{len(own) + i}]" for i in range(len(rules_or_recipe))]
         following = [
-            as_rule(rule, where=f"quantization.rules[{len(own) + i}]")
-            for i, rule in enumerate(rules_or_recipe)
+            as_rule(rule, where=place)
+            for rule, place in zip(rules_or_recipe, places[len(own) :], strict=True)
         ]
     chain = own + following
     weights = trees.weights(params)
-    entries = tuple(_resolve_one(path, *weights[path], chain) for path in weights)
+    entries = tuple(_resolve_one(path, *weights[path], chain, places) for path in weights)
     # A recipe is written for all models, so its rules may find nothing in one of them.
-    _expect_all_used(own if named else chain, chain, entries)
+    _expect_all_used(own if named else chain, chain, places, entries)
     return Table(
         entries, tuple(_in_words(rule) for rule in chain), rules_or_recipe if named else ""
     )
 
 
-def _resolve_one(path: str, value: Any, metadata: Mapping[str, Any], chain: list[Rule]) -> Entry:
+def _resolve_one(
+    path: str, value: Any, metadata: Mapping[str, Any], chain: list[Rule], places: list[str]
+) -> Entry:
     module, _, name = path.rpartition("/")
     axis = metadata.get("contraction_axis", -1 if name == "embedding" else -2)
     order: Order = "rows" if metadata.get("gather_only") else "contract"
@@ -71,29 +79,34 @@ def _resolve_one(path: str, value: Any, metadata: Mapping[str, Any], chain: list
         axis=axis,
         order=order,
     )
-    reason = _no_candidate(name, value)
+    reason = _no_candidate(name, value, declared="contraction_axis" in metadata)
     if reason:
         return Entry(**entry, reason=reason)
     for number, rule in enumerate(chain):
         if re.fullmatch(rule.module_path, module):
-            grid, reason = _grid(rule, number, path, value.shape, axis)
+            grid, reason = _grid(rule, number, places[number], path, value.shape, axis)
             return Entry(**entry, rule=number, rule_name=rule.name or "", grid=grid, reason=reason)
     return Entry(**entry, reason="no rule matches")
 
 
-def _no_candidate(name: str, value: Any) -> str:
-    """Why no rule can quantize this parameter; "" if one can."""
+def _no_candidate(name: str, value: Any, *, declared: bool) -> str:
+    """Why no rule can quantize this parameter; "" if one can.
+
+    `declared`: whether its metadata names the contraction axis.
+    """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"not a float array ({value.dtype})"
     if len(value.shape) < 2:
         return f"no matrix (rank {len(value.shape)}: a norm, scale or bias)"
     if name not in WEIGHT_NAMES:
         return f"no weight (its name is {name!r}, not {', '.join(WEIGHT_NAMES)})"
+    if len(value.shape) > 2 and not declared:
+        return f"rank {len(value.shape)}, no contraction axis declared"
     return ""
 
 
 def _grid(
-    rule: Rule, number: int, path: str, shape: tuple[int, ...], axis: int
+    rule: Rule, number: int, place: str, path: str, shape: tuple[int, ...], axis: int
 ) -> tuple[Grid | None, str]:
     """The grid a rule gives a parameter, or None and the reason."""
     if rule.weight_qtype is None:
@@ -102,7 +115,7 @@ def _grid(
     try:
         grid = rule.grid(length)
     except ValueError as error:
-        raise ValueError(f"quantization.rules[{number}] on {path} {shape}: {error}") from None
+        raise ValueError(f"{place} on {path} {shape}: {error}") from None
     if grid.block <= 0 or length % grid.block == 0:
         return grid, ""
     if rule.indivisible == "keep":
@@ -113,14 +126,16 @@ def _grid(
         b for b in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1, SMALLEST_BLOCK) if length % b == 0
     ]
     raise ValueError(
-        f"quantization.rules[{number}]: tile_size={grid.block} does not divide axis {axis} "
+        f"{place}: tile_size={grid.block} does not divide axis {axis} "
         f"(length {length}) of {path} {shape}; possible blocks: "
         f"{', '.join(map(str, blocks)) or 'none, use 0 (per channel)'}. Or set "
         "indivisible='channel' or 'keep'."
     )
 
 
-def _expect_all_used(asked: list[Rule], chain: list[Rule], entries: tuple[Entry, ...]) -> None:
+def _expect_all_used(
+    asked: list[Rule], chain: list[Rule], places: list[str], entries: tuple[Entry, ...]
+) -> None:
     """A rule somebody wrote must decide something."""
     used = {entry.rule for entry in entries}
     candidates = {
@@ -131,7 +146,7 @@ def _expect_all_used(asked: list[Rule], chain: list[Rule], entries: tuple[Entry,
         if number in used or not any(rule is one for one in asked):
             continue
         matched = [m for m in sorted(modules) if re.fullmatch(rule.module_path, m)]
-        where = f"quantization.rules[{number}]: module_path={rule.module_path!r}"
+        where = f"{places[number]}: module_path={rule.module_path!r}"
         taken = [m for m in matched if m in candidates]
         if taken:
             raise ValueError(

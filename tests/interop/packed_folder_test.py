@@ -1,5 +1,6 @@
 """Packed folders: what was saved comes back bit for bit and computes the same."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -18,16 +19,34 @@ from gemmaqat.quantization.convert import convert, dequantize_params
 from gemmaqat.quantization.rules import resolve
 
 
+def small_config(**fields):
+    return model_config(
+        "e2b_mini",
+        layer_types=("sliding_attention", "full_attention"),
+        num_kv_shared_layers=0,
+        **fields,
+    )
+
+
+def abstract(model):
+    return Gemma4(model.config, rngs=None)
+
+
 @pytest.fixture(scope="module")
 def table_and_packed():
-    config = model_config("e2b_mini", layer_types=("sliding_attention", "full_attention"),
-                          num_kv_shared_layers=0)  # fmt: skip
-    model = Gemma4(config, rngs=nnx.Rngs(0))
+    model = Gemma4(small_config(), rngs=nnx.Rngs(0))
     for block in model.layers:  # or a fresh model just repeats its last token
         norm = block.post_feedforward_layernorm.weight
         norm.set_value(16 * norm.get_value())
     table = resolve("int4_channel_emb", model)
     return table, convert(model, table)
+
+
+@pytest.fixture
+def saved(table_and_packed, tmp_path):
+    table, packed = table_and_packed
+    save_packed(packed, tmp_path / "packed", table=table)
+    return tmp_path / "packed"
 
 
 def is_packed(leaf) -> bool:
@@ -90,6 +109,92 @@ def test_damage_is_named(table_and_packed, tmp_path):
     write_safetensors(weights, {"a": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match="not written by gemmaqat"):
         load_packed(folder)
+
+
+def changed_table(folder, change):
+    """Rewrites quantization.json with `change(entries by path)`."""
+    path = folder / "quantization.json"
+    data = json.loads(path.read_text())
+    change({entry["path"]: entry for entry in data["entries"]})
+    path.write_text(json.dumps(data))
+
+
+def set_grid(path, **fields):
+    return lambda entries: entries[path]["grid"].update(fields)
+
+
+def keep(path):
+    return lambda entries: entries[path].update(grid=None, reason="by hand")
+
+
+UP, NORM = "layers/0/mlp/up_proj/weight", "norm/weight"
+OTHER_TABLES = {
+    "bits": (set_grid(UP, bits=3), f"{UP}: 4 bits, .* -> 3 bits"),
+    "block": (set_grid(UP, block=16), rf"{UP}: .* 1x\d+ float32 scales.* -> .* 4x\d+ float32"),
+    "levels": (
+        set_grid(UP, bits=2, levels="ternary"),
+        f"{UP}: 4 bits, levels full.* -> 2 bits, levels ternary",
+    ),
+    "scale dtype": (set_grid(UP, scale_dtype="float16"), f"{UP}: .*float32.* -> .*float16 scales"),
+    "kept": (keep(UP), f"{UP}: 4 bits, .* -> kept in float32"),
+    "dtype": (
+        lambda entries: entries[NORM].update(dtype="bfloat16"),
+        f"{NORM}: kept in float32 -> kept in bfloat16",
+    ),
+    "another parameter": (
+        lambda entries: entries[UP].update(path="layers/9/mlp/up_proj/weight"),
+        f"quantization.json: '{UP}' is not in both",
+    ),
+    "damaged": (lambda entries: entries[UP].pop("shape"), "quantization.json: .*'shape'"),
+}
+
+
+@pytest.mark.parametrize("change, message", OTHER_TABLES.values(), ids=list(OTHER_TABLES))
+def test_weights_that_were_not_converted_by_the_table_are_refused(saved, change, message):
+    changed_table(saved, change)
+    with pytest.raises(ValueError, match=message):
+        load_packed(saved)
+
+
+def test_another_table_is_refused_before_anything_is_written(table_and_packed, tmp_path):
+    _, packed = table_and_packed
+    with pytest.raises(ValueError, match=r"embed_tokens/weight: 4 bits.* -> kept in float32"):
+        save_packed(packed, tmp_path / "packed", table=resolve("none", abstract(packed)))
+    assert not (tmp_path / "packed").exists()
+
+
+def test_missing_files_and_metadata_and_unknown_tensors_are_named(saved):
+    weights = saved / "packed.safetensors"
+    file = SafetensorsFile(weights)
+    arrays = {name: np.array(file.array(name)) for name in file.tensors}
+    write_safetensors(weights, arrays | {"extra": np.zeros(3)}, metadata=file.metadata)
+    with pytest.raises(ValueError, match="'extra' is no parameter of the model"):
+        load_packed(saved)
+    for packed in ({}, {"packed": "{"}, {"packed": "[]"}):
+        write_safetensors(weights, arrays, metadata={"format": file.metadata["format"], **packed})
+        with pytest.raises(ValueError, match="holds no 'packed'"):
+            load_packed(saved)
+    layouts = json.loads(file.metadata["packed"])
+    del layouts[UP]["transposed"]
+    metadata = file.metadata | {"packed": json.dumps(layouts)}
+    write_safetensors(weights, arrays, metadata=metadata)
+    with pytest.raises(ValueError, match=f"{UP}: the metadata does not describe these arrays"):
+        load_packed(saved)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"packed.safetensors: missing"):
+        load_packed(saved)
+    (saved / "quantization.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"quantization.json: missing"):
+        load_packed(saved)
+
+
+def test_parameters_keep_the_dtype_they_were_saved_in(tmp_path):
+    model = Gemma4(small_config(param_dtype="bfloat16"), rngs=nnx.Rngs(0))
+    table = resolve("int4_channel_emb", model)
+    save_packed(convert(model, table), tmp_path / "packed", table=table)
+    loaded = load_packed(tmp_path / "packed", dtype="float32")
+    assert loaded.config.param_dtype == "bfloat16" and loaded.config.dtype == "float32"
+    assert loaded.norm.weight.get_value().dtype == jnp.bfloat16
 
 
 def test_written_safetensors_are_read_by_the_safetensors_package(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gemmaqat.packed import PackedTensor
 from gemmaqat.quantization import trees
@@ -20,7 +21,7 @@ def normal(*shape):
 
 PARAMS = {
     "embed": {"embedding": normal(16, 64)},
-    "experts": {"weight": normal(3, 64, 8)},
+    "experts": {"weight": nnx.Param(normal(3, 64, 8), contraction_axis=-2)},
     "norm": {"weight": jnp.ones(64)},
 }
 
@@ -47,11 +48,11 @@ def test_bytes_are_those_the_table_promises():
 
 def test_codes_of_a_method_are_packed_as_given():
     table = resolve("int4_channel", PARAMS)
-    w = PARAMS["experts"]["weight"]
+    w = PARAMS["experts"]["weight"].get_value()
     found = quantize(w, table["experts/weight"].grid)
     shifted = Codes(jnp.clip(found.codes + 1, -8, 7), found.scales)
     packed = convert_params(PARAMS, table, codes={"experts/weight": shifted})
-    np.testing.assert_array_equal(packed["experts"]["weight"].codes(), shifted.codes)
+    np.testing.assert_array_equal(packed["experts"]["weight"].get_value().codes(), shifted.codes)
     with pytest.raises(ValueError, match="codes for norm/weight: the table does not quantize it"):
         convert_params(PARAMS, table, codes={"norm/weight": shifted})
     with pytest.raises(ValueError, match=r"codes for experts/weight.*expected \(3, 64, 8\)"):
@@ -69,3 +70,24 @@ def test_packed_trees_are_not_quantized_twice():
     table = resolve("int4_channel", PARAMS)
     with pytest.raises(ValueError, match="experts/weight: already packed"):
         fake_quantize(convert_params(PARAMS, table), table)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("recipe", ["int4_channel_emb", "q4_0_ggml_emb", "int2_mid_channel_emb"])
+def test_weights_that_are_not_finite_are_refused_by_path(recipe, bad):
+    table = resolve(recipe, PARAMS)
+    broken = PARAMS | {"embed": {"embedding": normal(16, 64).at[5, 40].set(bad)}}
+    with pytest.raises(ValueError, match=r"embed/embedding: 1 of \d+ scales are not finite"):
+        convert_params(broken, table)
+    codes = quantize(broken["embed"]["embedding"], table["embed/embedding"].grid, -1)
+    with pytest.raises(ValueError, match=r"embed/embedding: 1 of \d+ scales are not finite"):
+        convert_params(PARAMS, table, codes={"embed/embedding": codes})
+
+
+def test_fake_and_packed_bfloat16_parameters_give_the_same_products_to_the_bit():
+    params = {"layer": {"kernel": normal(64, 8).astype(jnp.bfloat16)}}
+    table = resolve("int4_channel", params)
+    fake = fake_quantize(params, table)["layer"]["kernel"]
+    packed = convert_params(params, table)["layer"]["kernel"]
+    identity = jnp.eye(64)  # products with it are the weights themselves
+    np.testing.assert_array_equal(identity @ fake, packed.contract(identity))

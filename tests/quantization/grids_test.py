@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -222,11 +223,51 @@ def test_searched_scale_is_no_worse_than_the_absolute_maximum():
         assert bool(jnp.all(errors[0] <= errors[1])) and bool(jnp.any(errors[0] < errors[1]))
 
 
-def test_nan_weight_poisons_its_block_and_no_other():
-    w = weights().at[3, 0].set(jnp.nan)
-    fake = fake_quantize_array(w, GRIDS["q4_0"])
-    assert bool(jnp.isnan(fake[3, 0]))
-    assert bool(jnp.all(jnp.isfinite(fake[32:]))) and bool(jnp.all(jnp.isfinite(fake[:, 1:])))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weight_that_is_not_finite_poisons_its_block_and_no_other(rule, bad, when):
+    grid = Grid(bits=4, block=32, scale_rule=rule, scale_dtype="float16", round_scale=when)
+    w = weights().at[3, 0].set(bad)
+    poisoned = np.zeros(w.shape, bool)
+    poisoned[:32, 0] = True
+    np.testing.assert_array_equal(np.isnan(fake_quantize_array(w, grid)), poisoned)
+    codes, scales = quantize(w, grid)
+    np.testing.assert_array_equal(np.isnan(dequantize(codes, scales, grid)), poisoned)
+    assert int(codes.min()) >= grid.lowest and int(codes.max()) <= grid.highest
+
+
+@every_grid
+def test_every_grid_is_poisoned_by_nan(grid):
+    w = weights().at[:, 5].set(jnp.nan)
+    values = (fake_quantize_array(w, grid), dequantize(*quantize(w, grid), grid))
+    for value in values:
+        assert bool(jnp.all(jnp.isnan(value[:, 5])))
+        assert grid.block == TENSOR or bool(jnp.all(jnp.isfinite(value[:, :5])))
+
+
+@every_grid
+def test_bfloat16_weights_get_the_float32_values_of_their_codes(grid):
+    w = weights().astype(jnp.bfloat16)
+    fake, pullback = jax.vjp(lambda w: fake_quantize_array(w, grid), w)
+    np.testing.assert_array_equal(fake, dequantize(*quantize(w, grid), grid))
+    assert fake.dtype == jnp.float32
+    assert pullback(jnp.ones_like(fake))[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("bits", [1, 3, None])
+def test_scale_that_the_dtype_holds_stays_finite_whatever_its_bits(bits, dtype, when):
+    grid = Grid(bits=8, scale_dtype=dtype, scale_bits=bits, round_scale=when, scale_rule="ggml")
+    info = jnp.finfo(dtype)
+    # The quantizer divides by -128, exactly; float32 itself has no room for the product.
+    largest = min(float(info.max), float(np.finfo(np.float32).max) / 128)
+    scales = quantize(jnp.full((16, 2), -128 * np.float32(largest)), grid).scales
+    mantissa = min(info.nmant, bits - 1) if bits else info.nmant
+    assert bool(jnp.all(jnp.isfinite(scales)))
+    if dtype == "float16":
+        np.testing.assert_array_equal(scales, np.float16((2 - 2.0**-mantissa) * 2**15))
 
 
 BAD = {
@@ -245,6 +286,24 @@ BAD = {
 @pytest.mark.parametrize("fields, message", BAD.values(), ids=list(BAD))
 def test_impossible_grid_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
+        Grid(**fields)
+
+
+WRONG_TYPES = {
+    "bits": (dict(bits="4"), r"grid: bits='4' is str, expected int\."),
+    "bool": (dict(bits=True), r"grid: bits=True is bool, expected int\."),
+    "block": (dict(bits=4, block=32.0), r"grid: block=32.0 is float, expected int\."),
+    "factor": (dict(bits=4, scale_factor="1"), r"scale_factor='1' is str, expected float or int"),
+    "scale bits": (dict(bits=4, scale_bits=2.5), r"scale_bits=2.5 is float, expected int or None"),
+    "levels": (dict(bits=4, levels=["full"]), r"levels=\['full'\] is list, expected str"),
+}
+
+
+@pytest.mark.parametrize("fields, message", WRONG_TYPES.values(), ids=list(WRONG_TYPES))
+def test_field_of_a_wrong_type_is_named_with_what_was_expected(fields, message, monkeypatch):
+    # Outside tests nothing but our own check stands before a wrong type.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError, match=message):
         Grid(**fields)
 
 

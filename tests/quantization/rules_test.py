@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import qwix
@@ -23,7 +24,7 @@ def tree():
         "self_attn": {"q_proj": {"weight": shape(64, 32)}, "o_proj": {"weight": shape(32, 64)}},
         "mlp": {"gate_proj": {"weight": shape(64, 128)}, "down_proj": {"weight": shape(128, 64)}},
         "router": {"proj": {"weight": shape(64, 4)}, "scale": shape(64)},
-        "experts": {"down_proj": {"weight": shape(4, 32, 64)}},
+        "experts": {"down_proj": {"weight": nnx.Param(shape(4, 32, 64), contraction_axis=-2)}},
         "per_layer_input_gate": {"weight": shape(64, 16)},
         "steps": shape(2, 2, dtype=jnp.int32),
         "table": shape(8, 8),
@@ -178,6 +179,10 @@ BAD = {
     "block": (dict(weight_qtype="int4", tile_size=7), "block=7"),
     "indivisible": (dict(INT4, indivisible="skip"), "indivisible='skip'"),
     "tensor blocks": (dict(INT4, disable_channelwise_axes=True), "disable_channelwise_axes"),
+    "negative block": (
+        dict(weight_qtype="int4", tile_size=-1),
+        "tile_size=-1 is negative.*disable_channelwise_axes=True",
+    ),
 }
 
 
@@ -185,6 +190,35 @@ BAD = {
 def test_bad_rule_is_refused_with_its_place(rule, message):
     with pytest.raises(ValueError, match=rf"(?s)quantization.rules\[1\]: .*{message}"):
         resolve("int8", tree(), rules=[dict(module_path=".*/q_proj", weight_qtype="int8"), rule])
+
+
+WRONG_TYPES = {
+    "module_path": 3,
+    "tile_size": "32",
+    "weight_calibration_method": None,
+    "disable_channelwise_axes": "yes",
+    "name": 7,
+    "levels": None,
+    "scale_rule": ["ggml"],
+    "scale_factor": "1.4",
+    "scale_dtype": jnp.float16,
+    "scale_bits": True,
+    "anchor": 1,
+    "round_scale": None,
+    "rounding": 0.5,
+    "indivisible": ("keep",),
+}
+
+
+@pytest.mark.parametrize("field, value", WRONG_TYPES.items(), ids=list(WRONG_TYPES))
+def test_field_of_a_wrong_type_names_field_found_and_expected(field, value, monkeypatch):
+    # Outside tests nothing but our own check stands before a wrong type.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    message = (
+        rf"quantization.rules\[0\]: {field}=.* is {type(value).__name__}, expected (str|int|f|b)"
+    )
+    with pytest.raises(TypeError, match=message):
+        resolve("int8", tree(), rules=[{**INT4, field: value}])
 
 
 def test_something_that_is_no_rule_is_a_type_error():
@@ -219,6 +253,40 @@ def test_block_that_does_not_divide_names_path_axis_and_choices():
     assert kept["b/weight"].grid.block == 64
     channel = resolve([rule | {"indivisible": "channel"}], params)
     assert channel["a/weight"].grid.block == 0 and channel["b/weight"].grid.block == 64
+
+
+def test_a_fault_of_a_recipes_own_rule_names_the_recipe():
+    params = {"a": {"weight": shape(64, 8)}, "b": {"weight": shape(40, 8)}}
+    own = [dict(module_path="a", weight_qtype="int8")]
+    with pytest.raises(ValueError, match=r"^recipe 'q4_0', rule 'q4_0': tile_size=32 .* b/weight"):
+        resolve("q4_0", params, rules=own)
+    with pytest.raises(ValueError, match=r"^quantization.rules\[1\]: tile_size=32 .* b/weight"):
+        resolve([INT4], params, rules=own)
+    with pytest.raises(ValueError, match=r"^recipe 'q4_0', rule 'q4_0': .* b/weight"):
+        resolve("q4_0", params)
+
+
+def test_stacks_are_quantized_only_along_a_declared_axis():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(4, 64, rngs=rngs, decode=False)
+            self.conv = nnx.Conv(16, 16, kernel_size=(3,), rngs=rngs)
+            self.experts = nnx.Linear(1, 1, rngs=rngs)
+            stack = jnp.zeros((3, 64, 8))
+            self.experts.kernel = nnx.Param(stack, contraction_axis=-2)
+
+    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    table = resolve("int4_channel", model)
+    assert [e.path for e in table.quantized] == ["experts/kernel"]
+    for name in ("query", "key", "value", "out"):
+        entry = table[f"attention/{name}/kernel"]
+        assert len(entry.shape) == 3
+        assert entry.reason == "rank 3, no contraction axis declared"
+    assert table["conv/kernel"].reason == "rank 3, no contraction axis declared"
+    # A pure dict has lost the declaration; the table of the model still fits it.
+    state = nnx.state(model, nnx.Param)
+    assert resolve("int4_channel", state) == table
+    assert not resolve("int4_channel", nnx.to_pure_dict(state)).quantized
 
 
 def test_models_states_and_dicts_resolve_alike():

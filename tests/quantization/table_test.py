@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
@@ -23,7 +24,7 @@ PARAMS = {
             "mlp": {"up_proj": {"weight": shape(64, 128)}},
             "self_attn": {"q_proj": {"weight": shape(64, 64)}},
             "router": {"proj": {"weight": shape(64, 8)}},
-            "experts": {"down_proj": {"weight": shape(8, 64, 64)}},
+            "experts": {"down_proj": {"weight": nnx.Param(shape(8, 64, 64), contraction_axis=-2)}},
             "per_layer_projection": {"weight": shape(64, 64)},
         }
     ]
