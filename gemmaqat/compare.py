@@ -84,16 +84,17 @@ def compare(
     workdir = Path(workdir)
     workdirs.check_config(workdir, experiment)
     _check_recipes(experiment)
-    workdirs.claim(workdir, experiment=experiment, table=None, hashes={})
-    scores: dict[Key, Scores] = {}
-    for size in experiment.compare.sizes:
-        contest = _Contest(size, experiment, workdir, progress)
-        for seed in experiment.compare.seeds:
-            scores |= contest.scores(seed)
-    records = make_records(scores, bootstrap_samples=experiment.evaluation.bootstrap_samples)
-    write_summary(workdir, records, experiment=experiment, versions=workdirs.versions())
-    found = results(workdir)
-    report.write(found)
+    with workdirs.lock(workdir):
+        workdirs.claim(workdir, experiment=experiment, table=None, hashes={})
+        scores: dict[Key, Scores] = {}
+        for size in experiment.compare.sizes:
+            contest = _Contest(size, experiment, workdir, progress)
+            for seed in experiment.compare.seeds:
+                scores |= contest.scores(seed)
+        records = make_records(scores, bootstrap_samples=experiment.evaluation.bootstrap_samples)
+        write_summary(workdir, records, experiment=experiment, versions=workdirs.versions())
+        found = results(workdir)
+        report.write(found)
     return Comparison(found, report.table(found))
 
 

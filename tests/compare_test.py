@@ -13,6 +13,7 @@ from gemmaqat.data.loader import make_loader
 from gemmaqat.evaluation.results import NO_RECIPE, arm_folder
 from gemmaqat.models import sizes
 from gemmaqat.models.config import FULL, SLIDING
+from gemmaqat.training import workdir as workdirs
 
 # The package's own name `compare` is the function.
 compare_module = importlib.import_module("gemmaqat.compare")
@@ -73,6 +74,11 @@ def test_every_arm_has_a_record(finished):
         (NO_RECIPE, "float"), (NO_RECIPE, "continued"), (RECIPE, "ptq"), (RECIPE, "control"),
         (RECIPE, "qat"), (RECIPE, "distill"),
     ]  # fmt: skip
+
+
+def test_a_comparison_keeps_other_processes_out(config, tmp_path):
+    with workdirs.lock(tmp_path), pytest.raises(ValueError, match="another process is working"):
+        compare(config, tmp_path)
 
 
 def test_everything_compiles_once(finished):
