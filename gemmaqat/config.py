@@ -7,6 +7,7 @@ An experiment file calls `base(size)` and changes what differs; `parse` turns th
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -306,14 +307,38 @@ def _check(e: Experiment) -> None:
         ("train.accumulation_steps", e.train.accumulation_steps, 1),
         ("train.log_every", e.train.log_every, 1),
         ("train.eval_every", e.train.eval_every, 0),
+        ("train.eval_sequences", e.train.eval_sequences, 0),
+        ("train.loss_chunk_tokens", e.train.loss_chunk_tokens, 0),
+        ("optimizer.warmup_steps", e.optimizer.warmup_steps, 0),
         ("checkpoint.every_steps", e.checkpoint.every_steps, 0),
         ("checkpoint.keep_last", e.checkpoint.keep_last, 1),
+        ("checkpoint.keep_best", e.checkpoint.keep_best, 0),
         ("evaluation.num_sequences", e.evaluation.num_sequences, 1),
         ("evaluation.batch_size", e.evaluation.batch_size, 1),
+        ("evaluation.items_per_task", e.evaluation.items_per_task, 0),
+        ("evaluation.chunk_tokens", e.evaluation.chunk_tokens, 0),
+        ("evaluation.bootstrap_samples", e.evaluation.bootstrap_samples, 1),
+        ("compare.base_steps", e.compare.base_steps, 0),
+        ("compare.base_warmup_steps", e.compare.base_warmup_steps, 0),
+        ("compare.arm_warmup_steps", e.compare.arm_warmup_steps, 0),
         ("compare.arm_steps", e.compare.arm_steps, 1),
     ):
         if number < least:
             raise ValueError(f"config.{where}: {number} is below the smallest value, {least}.")
+    for where, rate in (
+        ("optimizer.learning_rate", e.optimizer.learning_rate),
+        ("compare.base_learning_rate", e.compare.base_learning_rate),
+        ("compare.arm_learning_rate", e.compare.arm_learning_rate),
+    ):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"config.{where}: {rate} is no learning rate; it lies above 0.")
+    for where, choices in (
+        ("sizes", e.compare.sizes),
+        ("recipes", e.compare.recipes),
+        ("seeds", e.compare.seeds),
+    ):
+        if not choices:
+            raise ValueError(f"config.compare.{where}: empty; name at least one.")
     if e.data.batch_size % e.train.accumulation_steps:
         raise ValueError(
             f"config.train.accumulation_steps: {e.train.accumulation_steps} does not divide "
@@ -324,9 +349,10 @@ def _check(e: Experiment) -> None:
             "config.data.files: empty while data.source='files'; name at least one "
             "dict(path='corpus/*.txt')."
         )
-    if e.checkpoint.keep_best and not e.train.eval_every:
+    if e.checkpoint.keep_best and not (e.train.eval_every and e.train.eval_sequences):
         raise ValueError(
-            "config.checkpoint.keep_best: needs hold-out losses; set train.eval_every above 0."
+            "config.checkpoint.keep_best: needs hold-out losses; set train.eval_every and "
+            "train.eval_sequences above 0."
         )
     if e.train.method != "none" and e.train.start_step >= e.train.num_steps:
         raise ValueError(
