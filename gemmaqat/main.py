@@ -8,6 +8,7 @@ import functools
 import logging as python_logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from gemmaqat import commands
+from gemmaqat.training.loop import Terminated
 
 _USAGE_STATUS = 2
-_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, MemoryError)
+_USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
 
 
 def run() -> None:
@@ -29,7 +31,10 @@ def run() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for a mistake in what was asked.
+    """Runs one command and returns its exit status.
+
+    It is 0, 2 for a mistake in what was asked, 130 after Ctrl-C, 143 when SIGTERM came and the run
+    is saved.
 
     Args:
         argv: the program's name, the verb, its flags.
@@ -51,8 +56,13 @@ def main(argv: Sequence[str]) -> int:
     except _USER_ERRORS as error:
         if debug:
             raise
-        print(f"gemmaqat: error: {_one_line(error)}", file=sys.stderr)
+        print(f"gemmaqat: error: {_explain(error)}", file=sys.stderr)
         return _USAGE_STATUS
+    except Terminated as stopped:
+        # The module, not argv[0]: that is no command where Python was started with -m.
+        command = shlex.join([sys.executable, "-m", "gemmaqat", *arguments])
+        print(f"gemmaqat: stopped and saved; to go on: {command}", file=sys.stderr)
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("gemmaqat: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
@@ -270,6 +280,18 @@ def _verb_help(name: str) -> str:
         _FLAGS[flag](flag, flag_values=values)
         lines.append(f"  --{flag:<18} {values[flag].help}")
     return "\n".join([*lines, "", f"example: gemmaqat {name} {verb.example}"])
+
+
+def _explain(error: BaseException) -> str:
+    """One line for the user; a hint where it may be our fault that the error was met at all."""
+    if isinstance(error, OSError) and error.strerror:  # from the system, not written by us
+        return f"{error.filename or 'output'}: {error.strerror}; choose another path, or free it."
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    return _one_line(error) + ("" if ours else " (run with --debug to see where)")
 
 
 def _one_line(error: BaseException) -> str:

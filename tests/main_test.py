@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gemmaqat import main as main_module
 from gemmaqat.main import main
+from gemmaqat.training.loop import Terminated
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "gemma4"
@@ -264,6 +267,60 @@ def test_out_of_vocabulary_prompts_are_one_sentence(capsys, run):
         capsys, "generate", f"--checkpoint={run}", "--prompt=e", "--max_new_tokens=99999"
     )
     assert "max_position" in message
+
+
+@pytest.fixture
+def doctor_that(monkeypatch):
+    """Puts another function in the place of the verb `doctor`."""
+
+    def replace(function):
+        verb = main_module._VERBS["doctor"]._replace(run=function)
+        monkeypatch.setitem(main_module._VERBS, "doctor", verb)
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (PermissionError(13, "Permission denied", "/runs/a"), "/runs/a: Permission denied; choose"),
+        (IsADirectoryError(21, "Is a directory", "/runs/a"), "/runs/a: Is a directory; choose"),
+        (OSError(28, "No space left on device"), "output: No space left on device; choose"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_refuses_is_one_sentence(capsys, doctor_that, error, message):
+    def fail(options):
+        raise error
+
+    doctor_that(fail)
+    assert message in mistake(capsys, "doctor")
+
+
+def test_a_work_directory_below_a_file_is_one_sentence(capsys, config, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["compare", config, "--tiny", f"--workdir={tmp_path / 'file' / 'run'}"]
+    assert re.search(r"file/run: Not a directory; choose another", mistake(capsys, *arguments))
+
+
+def test_an_error_from_elsewhere_says_how_to_find_it(capsys, doctor_that):
+    doctor_that(lambda options: json.loads("{"))
+    assert "(run with --debug to see where)" in mistake(capsys, "doctor")
+    assert "--debug" not in mistake(capsys, "trian")
+
+
+def test_a_stopped_run_says_a_command_that_goes_on(capsys, doctor_that, monkeypatch):
+    monkeypatch.setattr(main_module, "_set_up_compilation_cache", lambda choice: None)
+
+    def stop(options):
+        raise Terminated(143)
+
+    doctor_that(stop)
+    assert main(["/somewhere/__main__.py", "doctor", "--compilation_cache=a b"]) == 143
+    line = capsys.readouterr().err
+    assert shlex.split(line.partition("to go on: ")[2]) == [
+        sys.executable, "-m", "gemmaqat", "doctor", "--compilation_cache=a b",
+    ]  # fmt: skip
 
 
 def test_debug_shows_the_traceback(config):
