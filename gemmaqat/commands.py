@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import platform
 import sys
@@ -136,7 +135,6 @@ def generate(options: Any) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
-        stop_ids=_stop_ids(source, tokenizer),
         on_token=(lambda index, token, text: print(text, end="", flush=True)) if streamed else None,
     )
     if streamed:
@@ -268,16 +266,6 @@ def _find_tokenizer(given: str, source: Path) -> Tokenizer:
     if experiment.is_file():
         return make_tokenizer(configs.load(experiment).data)
     return load_tokenizer(source)
-
-
-def _stop_ids(source: Path, tokenizer: Tokenizer) -> list[int]:
-    """Ends of text and of turn that the checkpoint names, and the tokenizer's own."""
-    path = source / "generation_config.json"
-    try:
-        named = json.loads(path.read_text()).get("eos_token_id", []) if path.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again.") from None
-    return sorted({tokenizer.eos_id, *(named if isinstance(named, list) else [named])})
 
 
 def _columns(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -22,6 +22,7 @@ from gemmaqat.models.config import ModelConfig
 
 _PREFILL_CHUNK = 1024  # longest piece of a prompt that goes through the model at once
 _SHORTEST_CHUNK = 16
+_COLDEST = 1e-6  # temperatures below it are greedy
 _CACHE_STEP = 128  # cache lengths are multiples of it
 
 OnToken = Callable[[int, int, str], None]  # prompt number, token id, text that became complete
@@ -73,11 +74,12 @@ def generate(
         prompts: texts (with a tokenizer; they begin with exactly one <bos>) or lists of token ids.
         tokenizer: encodes text prompts and decodes what is generated.
         max_new_tokens: most tokens generated per prompt.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0, like anything below 1e-6, takes the most likely token.
         top_k: only the k most likely tokens are drawn from; 0 = all.
         top_p: only the smallest set of tokens with at least this probability; applied after top_k.
         seed: of the drawing; the same seed and batch give the same tokens.
-        stop_ids: ids that end a prompt's continuation; None = the model's end of text.
+        stop_ids: ids that end a prompt's continuation; None = the model's, and the end of text of
+            the tokenizer where there is one.
         cache_length: positions the cache holds; None = as many as needed.
         on_token: called as tokens appear with (prompt number, token id, text completed by it). The
             pieces of one prompt join to its text, and no piece ends within a character; what an
@@ -93,13 +95,15 @@ def generate(
     _check_sampling(temperature, top_k, top_p, max_new_tokens, config)
     length = _check_lengths(ids, max_new_tokens, cache_length, config)
     if stop_ids is None:
-        stop_ids = (config.eos_id,)
+        stop_ids = {*config.stop_ids, *(() if tokenizer is None else (tokenizer.eos_id,))}
 
     graphdef, params = nnx.split(model)
-    sampling = Sampling(temperature == 0, min(top_k, config.vocab_size), top_p < 1)
+    # Below the resolution of the logits nothing else could be drawn, and the quotient overflows.
+    greedy = temperature < _COLDEST
+    sampling = Sampling(greedy, min(top_k, config.vocab_size), top_p < 1)
     programs = _make_programs(graphdef, sampling)
     settings = _Settings(
-        temperature=jnp.float32(temperature or 1.0),
+        temperature=jnp.float32(1.0 if greedy else temperature),
         top_p=jnp.float32(top_p),
         stop_ids=jnp.asarray([*stop_ids, -1], jnp.int32),
         key=jax.random.key(seed),

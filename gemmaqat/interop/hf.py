@@ -129,6 +129,8 @@ def read_pretrained(
 def read_config(folder: str | Path) -> ModelConfig:
     """The model configuration of a Hugging Face folder, named after the folder.
 
+    Where `generation_config.json` names ids that end a text, they are the stop ids.
+
     Raises:
         FileNotFoundError: there is no folder or no `config.json` in it.
         ValueError: the file is unreadable or of another model family.
@@ -139,18 +141,25 @@ def read_config(folder: str | Path) -> ModelConfig:
             f"{folder}: no such folder; give the folder of a downloaded checkpoint "
             "(config.json and *.safetensors)."
         )
-    path = folder / "config.json"
+    path, generation = folder / "config.json", folder / "generation_config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: missing; a Hugging Face checkpoint has one beside its safetensors files."
         )
+    config = ModelConfig.from_hf(_json(path), name=folder.resolve().name, where=str(path))
+    named = _json(generation).get("eos_token_id") if generation.is_file() else None
+    ids = tuple(i for i in (named if isinstance(named, list) else [named]) if i is not None)
+    return dataclasses.replace(config, stop_ids=ids or config.stop_ids)
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch it again.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds no JSON object; fetch it again.")
-    return ModelConfig.from_hf(fields, name=folder.resolve().name, where=str(path))
+    return fields
 
 
 def tensor_name(path: str) -> str:
@@ -291,29 +300,33 @@ def _check_memory(config: ModelConfig, folder: Path, mesh: jax.sharding.Mesh | N
     free = free_bytes(devices[0])
     if free is None:
         return
-    # CPU devices share the host's memory; accelerators each hold (at best) an equal part.
-    parts = 1 if devices[0].platform == "cpu" else len(devices)
-    needed = model_bytes(config) // parts
+    # CPU devices share the host's memory, and what it holds for each of them adds up.
+    free //= len(devices) if devices[0].platform == "cpu" else 1
+    needed = device_bytes(config, mesh)
     if needed <= free:
         return
     raise MemoryError(
         f"{folder}: needs {format_bytes(needed)} per device for {count_parameters(config):,} "
         f"parameters in {config.param_dtype}, {format_bytes(free)} are free; "
-        f"{_what_fits(config, free * parts)}"
+        f"{_what_fits(config, free, mesh)}"
     )
 
 
-def model_bytes(config: ModelConfig) -> int:
-    """Bytes of the parameters in `param_dtype`."""
-    return count_parameters(config) * jnp.dtype(config.param_dtype).itemsize
+def device_bytes(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> int:
+    """Bytes of the parameters in `param_dtype` on each device; what is not sharded is copied."""
+    size = 0
+    for _, variable in nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param)):
+        sharding = parameter_sharding(variable, mesh) if mesh else default_sharding()
+        size += math.prod(sharding.shard_shape(tuple(variable.shape))) * variable.dtype.itemsize
+    return size
 
 
-def _what_fits(config: ModelConfig, free: int) -> str:
+def _what_fits(config: ModelConfig, free: int, mesh: jax.sharding.Mesh | None = None) -> str:
     half = dataclasses.replace(config, param_dtype="bfloat16")
-    if config.param_dtype == "float32" and model_bytes(half) <= free:
-        return f"param_dtype=bfloat16 fits ({format_bytes(model_bytes(half))})."
+    if config.param_dtype == "float32" and device_bytes(half, mesh) <= free:
+        return f"param_dtype=bfloat16 fits ({format_bytes(device_bytes(half, mesh))})."
     sizes = [
-        (model_bytes(model_config(name, param_dtype="bfloat16")), name)
+        (device_bytes(model_config(name, param_dtype="bfloat16"), mesh), name)
         for name in SIZES
         if not name.endswith("_mini")
     ]

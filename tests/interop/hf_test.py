@@ -206,6 +206,29 @@ def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch):
         load_pretrained(GOLDEN / "e2b")
 
 
+def test_what_a_mesh_does_not_shard_counts_whole_on_every_device(monkeypatch):
+    config, (device,) = hf.read_config(GOLDEN / "e2b"), jax.devices()[:1]
+    size = hf.device_bytes(config)
+    mesh = lambda axis: jax.sharding.Mesh(np.array([device] * 2), (axis,))  # noqa: E731
+    assert size == hf.device_bytes(config, mesh("data")) == 4 * 689_407
+    assert size / 2 < hf.device_bytes(config, mesh("fsdp")) < 0.6 * size
+    # Two CPU devices share the host's memory.
+    monkeypatch.setattr(hf, "free_bytes", lambda device: int(1.9 * size))
+    with pytest.raises(MemoryError, match=r"2\.63 MiB per device"):
+        load_pretrained(GOLDEN / "e2b", mesh=mesh("data"))
+
+
+@pytest.mark.parametrize(
+    "named, expected", [([1, 106], (1, 106)), (106, (106,)), ([1, None], (1,)), (None, (1,))]
+)
+def test_the_generation_config_names_the_stop_ids(folder, named, expected):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": named}))
+    assert hf.read_config(folder).stop_ids == expected
+    path.unlink()
+    assert hf.read_config(folder).stop_ids == (1,)
+
+
 def test_memory_error_names_the_sizes_that_fit():
     assert "e2b (8.62 GiB), e4b (13.9 GiB)." in hf._what_fits(
         model_config("12b", param_dtype="bfloat16"), 16 * 2**30
