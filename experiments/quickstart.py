@@ -4,9 +4,9 @@ Trains a miniature from scratch on generated tasks, then gives each recipe the s
 the same tokens: round to nearest, QAT, QAT distilled from the float model, and a control that
 trains on in float before rounding.
 
-Expected (one seed): at 2 bits round to nearest raises the perplexity several times over and QAT
-recovers more than 60 % of that, the control close to nothing; at 4 bits the distilled arm has at
-most 0.6 of round to nearest's KL.
+Measured (one seed): at 2 bits round to nearest raises the answer perplexity from 1.003 to 1.90; QAT
+recovers 99 % of that, the control -28 %: more float training made it worse. At 4 bits round to
+nearest costs only 0.3 %, and the distilled arm has 0.53 of its KL to the float base.
 Cost: some minutes on two CPU cores, under 2 GiB of memory.
 
     gemmaqat compare --config=experiments/quickstart.py --workdir=runs/quickstart

@@ -6,6 +6,7 @@ says how they are quantized. One loop judges them on one hold-out with one progr
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from gemmaqat import config as configs
 from gemmaqat.config import Experiment
-from gemmaqat.data.tokenizer import make_tokenizer
+from gemmaqat.data.tokenizer import check_vocabulary, make_tokenizer
 from gemmaqat.evaluation import report
 from gemmaqat.evaluation.evaluate import FOLDER, METRICS, Evaluator, Scores
 from gemmaqat.evaluation.results import (
@@ -27,6 +28,7 @@ from gemmaqat.evaluation.results import (
     results,
     write_summary,
 )
+from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.rules import Table, resolve
@@ -34,7 +36,7 @@ from gemmaqat.training import checkpoint
 from gemmaqat.training import workdir as workdirs
 from gemmaqat.training.loop import fit
 from gemmaqat.training.meter import Progress
-from gemmaqat.training.start import initial_model, load_run
+from gemmaqat.training.start import initial_config, initial_model, load_run
 from gemmaqat.training.step import Programs, make_programs
 from gemmaqat.typing import Params
 
@@ -42,6 +44,12 @@ from gemmaqat.typing import Params
 ARM_SEED_OFFSET = 1_000
 
 METHODS = {"qat": "qat", "distill": "distill"}  # arm to training method
+
+# Of a model's configuration, what may differ between a checkpoint and the size it is given as.
+_NOT_SHAPE = {
+    "name", "vocab_size", "max_position", "pad_id", "eos_id", "bos_id", "stop_ids",
+    "dtype", "param_dtype", "remat",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +91,56 @@ def compare(
     experiment = configs.parse(config)
     workdir = Path(workdir)
     workdirs.check_config(workdir, experiment)
-    _check_recipes(experiment)
+    check(experiment)
+    # A claimed directory has passed; what is finished there is read without its checkpoint.
+    if not (workdir / workdirs.CONFIG).exists():
+        _check_models(experiment)
     with workdirs.lock(workdir):
         workdirs.claim(workdir, experiment=experiment, table=None, hashes={})
         scores: dict[Key, Scores] = {}
+        tables: dict[tuple[str, str], Table] = {}
         for size in experiment.compare.sizes:
             contest = _Contest(size, experiment, workdir, progress)
             for seed in experiment.compare.seeds:
                 scores |= contest.scores(seed)
-        records = make_records(scores, bootstrap_samples=experiment.evaluation.bootstrap_samples)
+            tables |= contest.tables()
+        records = make_records(
+            scores, tables=tables, bootstrap_samples=experiment.evaluation.bootstrap_samples
+        )
         write_summary(workdir, records, experiment=experiment, versions=workdirs.versions())
         found = results(workdir)
         report.write(found)
     return Comparison(found, report.table(found))
+
+
+def check(config: ConfigDict | Experiment) -> None:
+    """Whether the settings make a comparison; reads no file.
+
+    Raises:
+        ValueError: they do not, and why.
+    """
+    experiment = configs.parse(config)
+    settings, start_step = experiment.compare, experiment.train.start_step
+    if start_step >= settings.arm_steps:
+        raise ValueError(
+            f"config.train.start_step: {start_step} is not below "
+            f"compare.arm_steps={settings.arm_steps}; the arms would train in float throughout."
+        )
+    if not settings.base_steps and not experiment.model.checkpoint:
+        raise ValueError(
+            "config.compare.base_steps: 0 while model.checkpoint is empty; train a base, or name "
+            "a folder of weights: random ones have nothing to lose."
+        )
+    if experiment.model.checkpoint and len(settings.sizes) != 1:
+        raise ValueError(
+            f"config.compare.sizes: {settings.sizes} while model.checkpoint names one model; give "
+            "its size alone."
+        )
+    if "none" in settings.recipes:
+        raise ValueError(
+            "config.compare.recipes: 'none' is no quantization; the float arms are always there, "
+            "name a recipe."
+        )
 
 
 def evaluate(
@@ -129,6 +174,7 @@ def evaluate(
                 "first, or name a folder of weights."
             )
         model = initial_model(experiment)
+    check_vocabulary(make_tokenizer(experiment.data), model.config.vocab_size)
     table = table or _resolve(experiment, recipe, model)
     graphdef, params = nnx.split(model)
     evaluator = Evaluator(graphdef, experiment, references=("float",))
@@ -148,9 +194,7 @@ class _Contest:
         self, size: str, experiment: Experiment, workdir: Path, progress: Progress | None
     ) -> None:
         self.size = size
-        self.experiment = dataclasses.replace(
-            experiment, model=dataclasses.replace(experiment.model, name=size)
-        )
+        self.experiment = _of_size(experiment, size)
         self.workdir = workdir
         self.progress = progress
         self.programs: Programs | None = None
@@ -165,6 +209,15 @@ class _Contest:
         if not all(self._is_judged(key) for key in keys):
             self._run(seed)
         return {key: Scores.load(arm_folder(self.workdir, *key) / FOLDER) for key in keys}
+
+    def tables(self) -> dict[tuple[str, str], Table]:
+        """Size and recipe to what it did to every weight, from the files of a trained arm."""
+        settings, found = self.experiment.compare, {}
+        for recipe in settings.recipes:
+            folder = arm_folder(self.workdir, self.size, recipe, "qat", settings.seeds[0])
+            saved = json.loads((folder / workdirs.QUANTIZATION).read_text())
+            found[self.size, recipe] = Table.from_json(saved)
+        return found
 
     def _run(self, seed: int) -> None:
         """Makes the base and what all arms share, then every arm in turn."""
@@ -253,7 +306,6 @@ class _Contest:
         train = dataclasses.replace(
             self.experiment.train,
             num_steps=max(1, steps),
-            start_step=min(self.experiment.train.start_step, steps),
             # Arms are judged below: a hold-out loss of their own would be one more compilation.
             eval_sequences=self.experiment.train.eval_sequences
             if self.experiment.train.eval_every
@@ -268,16 +320,35 @@ class _Contest:
         return (arm_folder(self.workdir, *key) / FOLDER / METRICS).is_file()
 
 
-def _check_recipes(experiment: Experiment) -> None:
-    """Resolves every recipe for every size, on shapes alone, before anything is trained."""
+def _check_models(experiment: Experiment) -> None:
+    """Every size against its checkpoint, tokenizer and recipes, on shapes alone."""
+    tokenizer = make_tokenizer(experiment.data)
     for size in experiment.compare.sizes:
-        model = Gemma4(model_config(size), rngs=None)
+        config = initial_config(_of_size(experiment, size), vocab_size=tokenizer.vocab_size)
+        _check_shape(config, size, where=experiment.model.checkpoint)
+        check_vocabulary(tokenizer, config.vocab_size)
+        model = Gemma4(config, rngs=None)
         for recipe in experiment.compare.recipes:
-            if _resolve(experiment, recipe, model) is None:
-                raise ValueError(
-                    "config.compare.recipes: 'none' is no quantization; the float arms are always "
-                    "there, name a recipe."
-                )
+            _resolve(experiment, recipe, model)
+
+
+def _check_shape(config: ModelConfig, size: str, *, where: str) -> None:
+    """Refuses a checkpoint that is not of the size under whose name it would be reported."""
+    found, wanted = (dataclasses.asdict(c) for c in (config, model_config(size)))
+    differing = [
+        f"{name}={found[name]} for {wanted[name]}"
+        for name in wanted
+        if name not in _NOT_SHAPE and found[name] != wanted[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{where}: not a {size}, it has {', '.join(differing[:3])}; give its own size in "
+            "config.compare.sizes."
+        )
+
+
+def _of_size(experiment: Experiment, size: str) -> Experiment:
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, name=size))
 
 
 def _resolve(experiment: Experiment, recipe: str, model: Gemma4) -> Table | None:

@@ -13,6 +13,7 @@ from gemmaqat.data.loader import make_loader
 from gemmaqat.evaluation.results import NO_RECIPE, arm_folder
 from gemmaqat.models import sizes
 from gemmaqat.models.config import FULL, SLIDING
+from gemmaqat.quantization.table import Table
 from gemmaqat.training import workdir as workdirs
 
 # The package's own name `compare` is the function.
@@ -173,6 +174,66 @@ def test_a_bad_recipe_is_refused_before_anything_is_made(recipe, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         compare(bad, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train.start_step": 2, "train.num_steps": 9},
+            "start_step: 2 is not below compare.arm_steps=2",
+        ),
+        ({"compare.base_steps": 0}, "compare.base_steps: 0 while model.checkpoint is empty"),
+        (
+            {"model.checkpoint": "a", "compare.sizes": (SIZE, "12b_mini")},
+            "compare.sizes.*checkpoint names one model",
+        ),
+    ],
+    ids=["start_step", "random base", "two sizes"],
+)
+def test_settings_that_make_no_comparison_are_refused(changes, message, tmp_path):
+    bad = configs.tiny(configs.base(SIZE))
+    bad.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        compare(bad, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_under_another_sizes_name_is_refused(finished, tmp_path):
+    bad = configs.tiny(configs.base("12b_mini"))
+    bad.model.checkpoint = str(arm_folder(finished[0], SIZE, NO_RECIPE, "float", 0))
+    with pytest.raises(ValueError, match="not a 12b_mini, it has mlp_dim=64 for 256"):
+        compare(bad, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("verb", [compare, evaluate])
+def test_a_vocabulary_beyond_the_models_is_refused(verb, finished, tmp_path):
+    bad = configs.tiny(configs.base(SIZE))
+    bad.model.checkpoint = str(arm_folder(finished[0], SIZE, NO_RECIPE, "float", 0))
+    bad.data.tokenizer = "bytes-256"
+    with pytest.raises(ValueError, match="ids up to 255, the model's vocabulary ends at 127"):
+        verb(bad, tmp_path / "new")
+
+
+def test_a_checkpoint_of_the_size_named_passes(finished, monkeypatch, tmp_path):
+    """Up to the first training, which is not of interest here."""
+    good = configs.tiny(configs.base(SIZE))
+    good.model.checkpoint = str(arm_folder(finished[0], SIZE, NO_RECIPE, "float", 0))
+    good.compare.base_steps = 0
+    monkeypatch.setattr(compare_module._Contest, "_run", lambda *_: pytest.skip("passed"))
+    with pytest.raises(pytest.skip.Exception, match="passed"):
+        compare(good, tmp_path / "new")
+
+
+def test_bits_are_those_of_the_table_that_was_trained(finished):
+    workdir, result, _ = finished
+    folder = arm_folder(workdir, SIZE, RECIPE, "qat", 0)
+    table = Table.from_json(json.loads((folder / "quantization.json").read_text()))
+    record = next(r for r in result.results.records if r["arm"] == "ptq")
+    expected = table.bits_per_weight(quantized_only=True)
+    assert record["metrics"]["quantized_bits_per_weight"] == expected < 4
+    assert not (workdir / "quantization.json").exists()  # a comparison has no table of its own
 
 
 def test_work_directory_holds_what_it_promises(finished):

@@ -220,8 +220,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, the model's "
-            f"vocabulary ends at {vocab_size - 1}; set data.tokenizer to the model's own, or "
-            f"model.vocab_size to at least {tokenizer.vocab_size}."
+            f"vocabulary ends at {vocab_size - 1}; set data.tokenizer to the model's own."
         )
 
 

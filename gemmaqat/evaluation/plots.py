@@ -15,7 +15,9 @@ from gemmaqat.evaluation.results import (
     FLOAT_ARMS,
     LABELS,
     NO_RECIPE,
+    OWN_KL_RECOVERY,
     QUANTIZED_ARMS,
+    RECOVERING_ARMS,
     Results,
 )
 
@@ -72,7 +74,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 @_styled
 def quality_against_bits(found: Results) -> Figure:
-    """Answer perplexity by recipe, in the order of their bits per weight, one panel per size.
+    """Answer perplexity by recipe, in the order of the bits of a quantized weight, per size.
 
     Bars are intervals of the change against the float base, paired by sequence.
     """
@@ -93,13 +95,15 @@ def quality_against_bits(found: Results) -> Figure:
         _plain_log_ticks(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel("answer perplexity")
+    for axes in panels.flat[: len(sizes)]:
+        axes.set_xlabel("bits of a quantized weight, scales included")
     _legend(figure, ("float", *QUANTIZED_ARMS))
     return figure
 
 
 def _arms_by_recipe(axes: Axes, records: list[dict[str, Any]]) -> None:
     """Recipes from few bits to many, each with its arms side by side."""
-    bits = {r["recipe"]: r["metrics"]["bits_per_weight"] for r in records}
+    bits = {r["recipe"]: r["metrics"]["quantized_bits_per_weight"] for r in records}
     recipes = sorted(bits, key=lambda name: bits[name])
     for record in records:
         side = 0.16 * (list(QUANTIZED_ARMS).index(record["arm"]) - 1.5)
@@ -117,26 +121,31 @@ def _arms_by_recipe(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 @_styled
 def recovery_by_size(found: Results) -> Figure:
-    """How much of the PTQ damage each arm removed, the control beside it, in perplexity and KL."""
+    """How much of the PTQ damage each arm removed: in perplexity, with the control beside it, and
+    in KL to the float model that is the arm's own.
+    """
     groups = list(
         dict.fromkeys((r["size"], r["recipe"]) for r in found.records if r["arm"] == "ptq")
     )
-    arms = [arm for arm in QUANTIZED_ARMS if arm != "ptq"]
+    arms = RECOVERING_ARMS
     height = 1.3 + 0.24 * (len(arms) + 1) * len(groups)
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"recovery": "of the perplexity damage", "kl_recovery": "of the KL to the float base"}
-    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+    shown = (
+        ("of the perplexity damage", "the float base", dict.fromkeys(arms, "recovery")),
+        ("of the KL to the own float model", "that model", OWN_KL_RECOVERY),
+    )
+    for axes, (title, whole, metrics) in zip(panels, shown, strict=True):
         axes.axvline(0, color=_GRID, linewidth=1)
         axes.axvline(100, color=_GRID, linewidth=1, linestyle="--")
         axes.grid(True, axis="x")
-        axes.set(title=title, xlabel="recovered, % (0: as PTQ, 100: as the float base)")
+        axes.set(title=title, xlabel=f"recovered, % (0: as its PTQ, 100: as {whole})")
         axes.set(xlim=_RECOVERIES, ylim=((len(arms) + 1) * len(groups) - 1, -1))
         for record in found.records:
-            if record["arm"] in arms:
+            if record["arm"] in metrics:
                 group = groups.index((record["size"], record["recipe"]))
                 y = float(group * (len(arms) + 1) + arms.index(record["arm"]))
-                _recovery(axes, y, record, metric)
+                _recovery(axes, y, record, metrics[record["arm"]])
     middle = [index * (len(arms) + 1) + (len(arms) - 1) / 2 for index in range(len(groups))]
     panels[0].set_yticks(middle, [f"{size}\n{recipe}" for size, recipe in groups])
     for axes in panels:
@@ -200,7 +209,7 @@ def layer_errors(found: Results, size: str, seed: int) -> Figure:
     arms = ("ptq", "qat", "distill")
     modules = sorted({_module(r["layer"]) for r in rows}, key=_module_order)
     layers = sorted({_layer(r["layer"]) for r in rows})
-    height = 0.9 + len(recipes) * (0.6 + 0.21 * len(modules))
+    height = 0.9 + len(recipes) * (0.6 + 0.25 * len(modules))
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panels = figure.subplots(len(recipes), len(arms), squeeze=False, sharex=True, sharey=True)
     for line, recipe in zip(panels, recipes, strict=True):
@@ -233,7 +242,7 @@ def layer_errors(found: Results, size: str, seed: int) -> Figure:
 
 def _write_cells(axes: Axes, grid: np.ndarray, *, bright: float) -> None:
     """Numbers in the cells, where there is room for them."""
-    if grid.shape[1] > 10:
+    if grid.shape[1] > 7:
         return
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
@@ -244,7 +253,7 @@ def _write_cells(axes: Axes, grid: np.ndarray, *, bright: float) -> None:
                 f"{value:.3g}",
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=9,
                 color=color,
             )
 

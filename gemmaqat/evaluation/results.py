@@ -14,8 +14,9 @@ from typing import Any
 from gemmaqat.config import Experiment, to_json
 from gemmaqat.evaluation.evaluate import FOLDER, Scores
 from gemmaqat.evaluation.statistics import Bootstrap, Interval, Recovery
+from gemmaqat.quantization.table import Table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUMMARY = "summary.json"
 NO_RECIPE = "none"  # of the float arms
 
@@ -29,9 +30,20 @@ QUANTIZED_ARMS = {
 }
 LABELS = FLOAT_ARMS | QUANTIZED_ARMS
 
-# Above this recovery of the control alone, more training by itself explains much of an arm's
-# plain recovery; the matched one and that of the KL remain.
-CONTROL_CONFOUNDS = 0.2
+RECOVERING_ARMS = ("control", "qat", "distill")
+
+# The float model that quantization is to leave unchanged. Arms that train on with the task's own
+# loss move away from the base as the float model trained on does: they are held to that one.
+OWN_FLOAT = {
+    "float": "base",
+    "continued": "continued",
+    "ptq": "base",
+    "control": "continued",
+    "qat": "continued",
+    "distill": "base",
+}
+# The recovery of the KL to an arm's own float; rounding that float recovers nothing of it.
+OWN_KL_RECOVERY = {"qat": "matched_kl_recovery", "distill": "kl_recovery"}
 
 Key = tuple[str, str, str, int]  # size, recipe, arm, seed
 
@@ -80,7 +92,7 @@ def results(workdir: str | Path) -> Results:
     if summary.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {summary.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}; use the version of gemmaqat that wrote it."
+            f"{FORMAT_VERSION}; run the same `gemmaqat compare` again, which trains nothing twice."
         )
     curves, layer_errors = {}, []
     for key in map(key_of, summary["records"]):
@@ -130,12 +142,18 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return record["size"], record["recipe"], record["arm"], record["seed"]
 
 
-def make_records(scores: Mapping[Key, Scores], *, bootstrap_samples: int) -> list[dict[str, Any]]:
+def make_records(
+    scores: Mapping[Key, Scores],
+    *,
+    tables: Mapping[tuple[str, str], Table],
+    bootstrap_samples: int,
+) -> list[dict[str, Any]]:
     """One record per arm, in the order given, recoveries included.
 
     Args:
         scores: of every arm; quantized arms need their ptq, the float base, and for the matched
-            recovery of qat the control and the float model it was made from.
+            recoveries of qat the control and the float model it was made from.
+        tables: size and recipe to what it does to every weight.
         bootstrap_samples: resamples for intervals.
     """
     records = []
@@ -147,6 +165,7 @@ def make_records(scores: Mapping[Key, Scores], *, bootstrap_samples: int) -> lis
             "answer_perplexity": bootstrap.interval(found.sums("nll").perplexity),
             "all_perplexity": bootstrap.interval(found.sums("nll", tokens="all").perplexity),
             "answer_kl_to_base": bootstrap.interval(found.sums("kl_to_base").mean),
+            "answer_kl_to_own": bootstrap.interval(found.sums(f"kl_to_{OWN_FLOAT[arm]}").mean),
             "answer_perplexity_change": _change(bootstrap, base, found),
         }
         notes = {}
@@ -161,12 +180,23 @@ def make_records(scores: Mapping[Key, Scores], *, bootstrap_samples: int) -> lis
                 "recipe": recipe,
                 "arm": arm,
                 "seed": seed,
-                "metrics": found.metrics | {name: i.value for name, i in intervals.items()},
+                "metrics": found.metrics
+                | ({} if recipe == NO_RECIPE else _coverage(tables[size, recipe]))
+                | {name: i.value for name, i in intervals.items()},
                 "intervals": {name: [i.low, i.high] for name, i in intervals.items()},
                 "notes": notes,
             }
         )
     return records
+
+
+def _coverage(table: Table) -> dict[str, float]:
+    """The share of parameters that are quantized, and the stored bits of one of them."""
+    quantized = sum(entry.num_weights for entry in table.quantized)
+    return {
+        "quantized_share": quantized / sum(entry.num_weights for entry in table.entries),
+        "quantized_bits_per_weight": table.bits_per_weight(quantized_only=True),
+    }
 
 
 def _change(bootstrap: Bootstrap, base: Scores, found: Scores) -> Interval:
@@ -177,12 +207,14 @@ def _change(bootstrap: Bootstrap, base: Scores, found: Scores) -> Interval:
 def _recoveries(
     bootstrap: Bootstrap, scores: Mapping[Key, Scores], key: Key
 ) -> dict[str, Recovery]:
-    """`recovery`, `kl_recovery` and, for qat, `matched_recovery`; nothing for float and ptq."""
+    """`recovery` and `kl_recovery`, both to the base, and for qat `matched_recovery` and
+    `matched_kl_recovery`, to the float model trained on; nothing for float and ptq.
+    """
     size, recipe, arm, seed = key
-    if arm not in QUANTIZED_ARMS or arm == "ptq":
+    if arm not in RECOVERING_ARMS:
         return {}
     nll = lambda recipe, arm: scores[size, recipe, arm, seed].sums("nll")  # noqa: E731
-    kl = lambda arm: scores[size, recipe, arm, seed].sums("kl_to_base")  # noqa: E731
+    kl = lambda arm, to="base": scores[size, recipe, arm, seed].sums(f"kl_to_{to}")  # noqa: E731
     found = {
         "recovery": bootstrap.perplexity_recovery(
             reference=nll(NO_RECIPE, "float"), ptq=nll(recipe, "ptq"), arm=nll(recipe, arm)
@@ -190,11 +222,14 @@ def _recoveries(
         "kl_recovery": bootstrap.kl_recovery(ptq=kl("ptq"), arm=kl(arm)),
     }
     if arm == "qat":
-        # Not for distill: it is drawn to the base, while the control has moved on from it.
+        # Not for distill: it is drawn to the base, which the control has left.
         found["matched_recovery"] = bootstrap.perplexity_recovery(
             reference=nll(NO_RECIPE, "continued"),
             ptq=nll(recipe, "control"),
             arm=nll(recipe, arm),
+        )
+        found["matched_kl_recovery"] = bootstrap.kl_recovery(
+            ptq=kl("control", "continued"), arm=kl(arm, "continued")
         )
     return found
 
@@ -224,54 +259,6 @@ def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def findings(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the records say, in a few sentences per size and recipe; over seeds if several."""
-    records = list(records)
-    averaged = over_seeds(records)
-    by_key = {(r["size"], r["recipe"], r["arm"]): r for r in averaged or records}
-    sentences = []
-    for size, recipe, arm in by_key:
-        if arm != "ptq":
-            continue
-        where = f"{size}, {recipe}" + (" (mean over seeds [least, most])" if averaged else "")
-        base, ptq = by_key[size, NO_RECIPE, "float"], by_key[size, recipe, arm]
-        sentence = f"{where}: {_damage_sentence(base, ptq)}"
-        control = by_key.get((size, recipe, "control"))
-        trained = [by_key.get((size, recipe, name)) for name in ("qat", "distill")]
-        present = [record for record in trained if record is not None]
-        if control is not None and present:
-            sentence += " " + _recovery_sentence(present, control)
-        sentences.append(sentence)
-    return sentences
-
-
-def _damage_sentence(base: Mapping[str, Any], ptq: Mapping[str, Any]) -> str:
-    change = ptq["metrics"]["answer_perplexity_change"]
-    low, high = ptq["intervals"]["answer_perplexity_change"]
-    before, after = (r["metrics"]["answer_perplexity"] for r in (base, ptq))
-    percent = 100 / before
-    text = f"PTQ changes the answer perplexity from {before:.3f} to {after:.3f} "
-    text += f"({percent * change:+.1f} % [{percent * low:+.1f}, {percent * high:+.1f}])"
-    return text + (", which is within noise." if low <= 0 else ".")
-
-
-def _recovery_sentence(trained: Iterable[Mapping[str, Any]], control: Mapping[str, Any]) -> str:
-    if "recovery" in control["notes"]:
-        parts = [f"{LABELS[r['arm']]} {recovery_text(r, 'kl_recovery')}" for r in trained]
-        return f"No recovery of perplexity is given; of the KL to the base: {', '.join(parts)}."
-    parts = [f"{LABELS[r['arm']]} {recovery_text(r, 'recovery')}" for r in trained]
-    alone = recovery_text(control, "recovery")
-    text = f"Recovered: {', '.join(parts)}; the control without quantized training {alone}."
-    if control["metrics"]["recovery"] > CONTROL_CONFOUNDS:
-        matched = [recovery_text(r, "matched_recovery") for r in trained if r["arm"] == "qat"]
-        kl = [f"{LABELS[r['arm']]} {recovery_text(r, 'kl_recovery')}" for r in trained]
-        text += (
-            " More training alone explains much of that: read the matched recovery "
-            f"(QAT {', '.join(matched)}) and that of the KL ({', '.join(kl)}) instead."
-        )
-    return text
 
 
 def recovery_text(record: Mapping[str, Any], name: str) -> str:

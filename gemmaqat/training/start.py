@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from gemmaqat.config import Experiment
-from gemmaqat.interop.hf import load_pretrained
+from gemmaqat.interop.hf import load_pretrained, read_config
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sharding import default_sharding
 from gemmaqat.models.sizes import model_config
@@ -44,20 +44,27 @@ def initial_model(experiment: Experiment, *, vocab_size: int = 0) -> Gemma4:
         In this order: the parameters of the work directory `model.checkpoint`, the published
         weights in the folder `model.checkpoint`, random ones from `seed`.
     """
-    section = experiment.model
-    precision: dict[str, Any] = dict(
-        dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
-    )
-    folder = Path(section.checkpoint)
-    if section.checkpoint and (folder / checkpoint.FOLDER).is_dir():
-        return load_run(folder, **precision).model
-    if section.checkpoint:
-        return load_pretrained(folder, **precision)
-    config = model_config(section.name, **precision)
-    if section.name.endswith("_mini") and vocab_size > config.vocab_size:
+    folder = Path(experiment.model.checkpoint)
+    if experiment.model.checkpoint and (folder / checkpoint.FOLDER).is_dir():
+        return load_run(folder, **_precision(experiment)).model
+    if experiment.model.checkpoint:
+        return load_pretrained(folder, **_precision(experiment))
+    config = initial_config(experiment, vocab_size=vocab_size)
+    return Gemma4(config, rngs=nnx.Rngs(experiment.seed))
+
+
+def initial_config(experiment: Experiment, *, vocab_size: int = 0) -> ModelConfig:
+    """The configuration of `initial_model`, without its weights; same arguments."""
+    name, folder = experiment.model.name, Path(experiment.model.checkpoint)
+    if experiment.model.checkpoint and (folder / checkpoint.FOLDER).is_dir():
+        return _saved_config(_newest(folder), **_precision(experiment))
+    if experiment.model.checkpoint:
+        return dataclasses.replace(read_config(folder), **_precision(experiment))
+    config = model_config(name, **_precision(experiment))
+    if name.endswith("_mini") and vocab_size > config.vocab_size:
         # Shapes of miniatures are ours to choose; whole multiples of the largest block.
         config = dataclasses.replace(config, vocab_size=-(-vocab_size // 128) * 128)
-    return Gemma4(config, rngs=nnx.Rngs(experiment.seed))
+    return config
 
 
 def load_run(workdir: str | Path, *, best: bool = False, **precision: Any) -> LoadedRun:
@@ -74,21 +81,14 @@ def load_run(workdir: str | Path, *, best: bool = False, **precision: Any) -> Lo
     """
     folder = Path(workdir) / checkpoint.FOLDER
     step = checkpoint.best_step(folder) if best else None
-    if step is not None:
-        saved: checkpoint.Saved | None = checkpoint.read(checkpoint.step_folder(folder, step))
-    else:
-        saved, _ = checkpoint.newest_intact(folder)
-    if saved is None:
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint; give a work directory in which training has saved one."
-        )
-    return read_saved(saved, **precision)
+    if step is None:
+        return read_saved(_newest(Path(workdir)), **precision)
+    return read_saved(checkpoint.read(checkpoint.step_folder(folder, step)), **precision)
 
 
 def read_saved(saved: checkpoint.Saved, **precision: Any) -> LoadedRun:
     """Model and table of one checkpoint; arguments as in `load_run`."""
-    fields = saved.model | {"layer_types": tuple(saved.model["layer_types"])}
-    config = dataclasses.replace(ModelConfig(**fields), **precision)
+    config = _saved_config(saved, **precision)
     graphdef, abstract = nnx.split(Gemma4(config, rngs=None))
     names = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default_sharding())
@@ -97,3 +97,26 @@ def read_saved(saved: checkpoint.Saved, **precision: Any) -> LoadedRun:
     params = unflatten(abstract, saved.arrays(names), "params/")
     table = None if saved.quantization is None else Table.from_json(saved.quantization)
     return LoadedRun(model=nnx.merge(graphdef, params), table=table, step=saved.step)
+
+
+def _newest(workdir: Path) -> checkpoint.Saved:
+    folder = workdir / checkpoint.FOLDER
+    saved, _ = checkpoint.newest_intact(folder)
+    if saved is None:
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint; give a work directory in which training has saved one."
+        )
+    return saved
+
+
+def _saved_config(saved: checkpoint.Saved, **precision: Any) -> ModelConfig:
+    # JSON has no tuples.
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in saved.model.items()
+    }
+    return dataclasses.replace(ModelConfig(**fields), **precision)
+
+
+def _precision(experiment: Experiment) -> dict[str, Any]:
+    section = experiment.model
+    return dict(dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)

@@ -166,5 +166,7 @@ def test_a_bad_tokenizer_is_named(tmp_path, name, content, error, message):
 def test_a_vocabulary_beyond_the_models_is_refused(folder):
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, tokenizer.vocab_size)
-    with pytest.raises(ValueError, match="ids up to .* the model's vocabulary ends at 127"):
+    expected = "ids up to .* the model's vocabulary ends at 127; set data.tokenizer"
+    with pytest.raises(ValueError, match=expected) as caught:
         check_vocabulary(tokenizer, 128)
+    assert "vocab_size" not in str(caught.value)  # no field of the config

@@ -16,21 +16,46 @@ def found(tmp_path_factory, fabricated):
     return results(workdir)
 
 
-def test_terminal_table_has_a_row_per_arm_and_the_findings(found, fabricated):
+def test_terminal_tables_have_their_rows_and_the_findings(found, fabricated):
     lines = report.table(found).splitlines()
-    rows = [line for line in lines if line.startswith(("mild ", "severe ", "     "))]
-    assert len(rows) == len(fabricated.INVENTED)
+    rows = [line for line in lines if line.startswith(("mild ", "severe ", "float ", "     "))]
+    arms, recovering, recipes = len(fabricated.INVENTED), 2 * 3, 1 + 2
+    assert len(rows) == arms + recovering + recipes
     recovery = found.record("tiny_a", "severe", "qat", 0)["metrics"]["recovery"]
-    row = next(line for line in rows if re.match(r"severe +QAT", line))
-    assert f"{100 * recovery:.0f} % [" in row
+    assert any(f"{100 * recovery:.0f} % [" in r for r in rows if re.match(r"severe +QAT", r))
     assert any(line.startswith("tiny_a, severe: PTQ changes") for line in lines)
 
 
-def test_markdown_table_is_rectangular(found, fabricated):
+def test_markdown_tables_are_rectangular(found, fabricated):
     text = (found.workdir / "report.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1
-    assert len(rows) == 2 + len(fabricated.INVENTED)
+    blocks = [b.splitlines() for b in text.split("\n\n") if b.startswith("|")]
+    assert [len(b) for b in blocks] == [2 + len(fabricated.INVENTED), 2 + 6, 2 + 3]
+    for rows in blocks:
+        assert len({line.count("|") for line in rows}) == 1
+
+
+def test_only_recoveries_with_drift_in_them_are_marked(found):
+    text = report.markdown(found)
+    marked = {line.split("|")[2].strip() for line in text.splitlines() if " † |" in line}
+    assert marked == {"control (float, then PTQ)", "QAT"}
+
+
+def test_storage_says_what_is_quantized_and_how_far(found):
+    assert "| severe | 50% | 2.50 | 6.60 | 0.0066 |" in report.markdown(found)
+
+
+def test_figures_are_files_of_their_own(found, tmp_path):
+    written = report.write_figures(found, tmp_path / "images", formats=("svg",))
+    names = [
+        "quality_against_bits",
+        "recovery_by_size",
+        "loss_curves_tiny_a",
+        "layer_errors_tiny_a",
+    ]
+    assert [path.name for path in written] == [f"{name}.svg" for name in names]
+    for path in written:
+        text = path.read_text()
+        assert "<svg" in text and "<text" not in text and "currentColor" not in text
 
 
 def test_html_needs_nothing_from_elsewhere(found):
@@ -59,6 +84,12 @@ def test_html_escapes_names(found):
 def test_pictures_take_the_ink_of_the_page(found):
     picture = report.svg(plots.quality_against_bits(found))
     assert "currentColor" in picture and plots.INK not in picture
+
+
+def test_quality_is_drawn_over_the_bits_of_quantized_weights(found):
+    picture = report.svg(plots.quality_against_bits(found))
+    assert "bits of a quantized weight" in picture
+    assert "2.50 bits" in picture and "6.60 bits" not in picture
 
 
 def test_a_missing_number_is_said_in_the_picture(found):
