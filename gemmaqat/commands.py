@@ -15,6 +15,7 @@ from absl import logging
 
 from gemmaqat import config as configs
 from gemmaqat import generation
+from gemmaqat.compare import check as check_comparison
 from gemmaqat.compare import compare as run_comparison
 from gemmaqat.compare import evaluate as run_evaluation
 from gemmaqat.config import Experiment
@@ -65,6 +66,7 @@ def compare(options: Any) -> None:
     if not options.dry_run:
         print(run_comparison(experiment, _workdir(options), progress=_progress()))
         return
+    check_comparison(experiment)
     for plan in plan_comparison(experiment):
         for recipe in experiment.compare.recipes:
             table = _resolve(experiment, plan.config, recipe=recipe)

@@ -122,6 +122,7 @@ def test_plan_and_dry_runs_start_nothing(capsys, config, tmp_path):
     assert "recipe int4_channel" in page and "optimizer state" in page
     page = command(capsys, "compare", config, f"--workdir={workdir}", "--dry_run")
     assert "31b_mini, int2_channel: " in page and "teacher" in page
+    assert "base_steps" in mistake(capsys, "compare", f"{config}:31b", "--dry_run")
     assert not workdir.exists()
 
 
