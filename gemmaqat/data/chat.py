@@ -6,6 +6,7 @@ templates without generation markers work.
 """
 
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,17 @@ from gemmaqat.data.tokenizer import read_tokenizer_config
 
 ASSISTANT_ROLES = ("assistant", "model")
 
+# What templates take for today: the same chat is the same text on every day.
+TEMPLATE_DATE = datetime.datetime(2026, 1, 1)
+
 
 class ChatTemplate:
-    """A compiled chat template and the special tokens it may name."""
+    """A compiled chat template and the special tokens it may name.
+
+    Attributes:
+        name: of its file, for errors.
+        fingerprint: hash of the template, the special tokens and the date it is given.
+    """
 
     def __init__(self, source: str, *, name: str, special_tokens: Mapping[str, str] | None = None):
         environment = ImmutableSandboxedEnvironment(
@@ -35,9 +44,11 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
         self.name = name
         self._special_tokens = dict(special_tokens or {})
+        facts = [source, sorted(self._special_tokens.items()), TEMPLATE_DATE.isoformat()]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -104,13 +115,8 @@ class ChatTemplate:
         Raises:
             ValueError: no assistant turn, malformed messages, or a template that refuses them.
         """
-        messages = _check_messages(record.get("messages"), where)
-        tools = record.get("tools")
-        turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT_ROLES]
-        if not turns:
-            raise ValueError(
-                f"{where}: the chat has no assistant turn to learn from; remove it or add one."
-            )
+        messages, turns = check_messages(record.get("messages"), where)
+        tools = _tools(record.get("tools"), where)
         try:
             ends = {i: self.render(messages[: i + 1], tools=tools) for i in turns}
             starts = {
@@ -151,7 +157,12 @@ def _common_prefix(prompt: str, rendered: str) -> int:
     return len(os.path.commonprefix([prompt, rendered]))
 
 
-def _check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+def check_messages(messages: Any, where: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The messages of a chat, and which of them are the assistant's.
+
+    Raises:
+        ValueError: malformed messages, or no assistant turn.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"{where}: 'messages' is {type(messages).__name__}, expected a list of objects with "
@@ -165,7 +176,24 @@ def _check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             )
         if "content" not in message and "tool_calls" not in message:
             raise ValueError(f"{where}: messages[{number}] has no 'content'.")
-    return [dict(message) for message in messages]
+    turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT_ROLES]
+    if not turns:
+        raise ValueError(
+            f"{where}: the chat has no assistant turn to learn from; remove it or add one."
+        )
+    return [dict(message) for message in messages], turns
+
+
+def _tools(tools: Any, where: str) -> list[Any] | None:
+    """A list, or its JSON text: tables cannot hold tools of different forms otherwise."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: 'tools' is not valid JSON ({error}).") from None
+    if tools is None or isinstance(tools, list):
+        return tools
+    raise ValueError(f"{where}: 'tools' is {type(tools).__name__}, expected a list.")
 
 
 def _text_of(token: Any) -> str:

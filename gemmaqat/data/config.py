@@ -17,7 +17,7 @@ class DataConfig:
         format: auto (by suffix) | text | jsonl | parquet | arrayrecord.
         text_field: the field that holds the text of a record; default "text".
 
-    A record is `text`, or `prompt` and `response`, or chat `messages`.
+    A record is `text`, or `prompt` and `response`, or chat `messages`, with `tools` if it has them.
     """
 
     source: str = "tasks"  # tasks (generated) | stdlib (Python's own source files) | files

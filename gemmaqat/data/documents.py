@@ -18,7 +18,8 @@ class Document:
     Attributes:
         pieces: in reading order; their texts concatenated are the document.
         where: file and line (or record) it came from, for error messages.
-        end: whether an end-of-text token follows (chat templates write their own end of turn).
+        end: whether an end-of-text token follows (not after a stretch inside a file; chat templates
+            write their own end of turn).
     """
 
     pieces: tuple[Piece, ...]

@@ -78,7 +78,8 @@ def make_loader(
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: a file is empty, binary or malformed; the message names it.
+        ValueError: a file is empty, binary, malformed, or has text that the tokenizer does not
+            cover; the message names it.
     """
     tokenizer = tokenizer or make_tokenizer(data)
     combined = int(np.random.SeedSequence([data.seed, seed]).generate_state(1)[0])
@@ -108,7 +109,7 @@ def _rows(
     data: DataConfig, tokenizer: Tokenizer, *, seed: int, split: str
 ) -> tuple[grain.IterDataset, list[WeightedSource]]:
     """Packed rows of the mixture, and the sources they come from."""
-    sources = make_sources(data, split, task_seed=seed)
+    sources = make_sources(data, split, task_seed=seed, tokenizer=tokenizer)
     parts = [
         _packed(part, data, tokenizer, seed=(seed + number) % 2**32, split=split)
         for number, part in enumerate(sources)

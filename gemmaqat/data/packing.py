@@ -33,10 +33,12 @@ def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     """The whole document as TOKEN_DTYPE [n]: each token, the one after it, and its loss weight."""
     ids: list[int] = []
     weights: list[float] = []
+    before = ""
     for text, weight in document.pieces:
-        piece = tokenizer.encode(text, where=document.where)
+        piece = tokenizer.encode(text, after=before, where=document.where)
         ids += piece
         weights += [weight] * len(piece)
+        before = text
     if ids[:1] == [tokenizer.bos_id]:  # a chat template writes its own
         del ids[0], weights[0]
     if document.end:
@@ -44,7 +46,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
         weights.append(document.pieces[-1].weight)
     encoded = np.empty(len(ids), TOKEN_DTYPE)
     encoded["targets"] = ids
-    encoded["tokens"] = [tokenizer.bos_id, *ids[:-1]]
+    encoded["tokens"] = [tokenizer.bos_id, *ids][: len(ids)]
     encoded["loss_weights"] = weights
     return encoded
 

@@ -15,18 +15,28 @@ from gemmaqat.data.chat import ChatTemplate
 from gemmaqat.data.config import DataConfig
 from gemmaqat.data.documents import Document, Piece
 from gemmaqat.data.records import (
-    BLOCKS_PER_DATASET,
     FORMATS,
-    MAX_BLOCK_BYTES,
-    MIN_BLOCK_BYTES,
+    Record,
     Records,
     first_binary_byte,
     hash_bytes,
     open_records,
 )
 from gemmaqat.data.tasks import TaskSource
+from gemmaqat.data.tokenizer import ByteTokenizer, Tokenizer
 
 HOLDOUT_MODULUS = 20  # one group of records in twenty is never trained on
+
+# Text is cut into blocks, each of which is held out or not, and blocks into spans, which are
+# shuffled. Both hold several rows, so that most text has its context: 16 bytes per token of a row
+# are 16 rows in bytes, about 4 in a BPE. Rows of up to 1,024 tokens share one hold-out.
+BYTES_PER_ROW_TOKEN = 16
+MIN_SPAN_BYTES = 2**12
+MIN_BLOCK_BYTES = 2**14
+MAX_BLOCK_BYTES = 2**20
+BLOCKS_PER_DATASET = 200  # aimed at
+FEWEST_BLOCKS = 8  # of a text too small for blocks of several rows, down to TINY_BLOCK_BYTES
+TINY_BLOCK_BYTES = 512
 
 # Directories of the standard library that hold tests, or what was installed beside it.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -65,17 +75,21 @@ class WeightedSource:
     endless: bool = False
 
 
-def make_sources(config: DataConfig, split: str, *, task_seed: int) -> list[WeightedSource]:
+def make_sources(
+    config: DataConfig, split: str, *, task_seed: int, tokenizer: Tokenizer | None = None
+) -> list[WeightedSource]:
     """The parts of the mixture for "train" or "holdout".
 
     Args:
         config: what to read.
         split: train or holdout.
         task_seed: of the generated tasks.
+        tokenizer: what the texts are for; None while it is still to be trained on them.
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: a file is empty, binary or malformed, or too small to split.
+        ValueError: a file is empty, binary or malformed, has text that the tokenizer does not
+            cover, or is too small to split.
     """
     if split not in ("train", "holdout"):
         raise ValueError(f"split={split!r} is not one of train, holdout.")
@@ -91,7 +105,7 @@ def make_sources(config: DataConfig, split: str, *, task_seed: int) -> list[Weig
                 task_seed, holdout=split == "holdout", prompt_weight=config.prompt_weight
             )
             return WeightedSource(tasks, entry.weight, endless=True)
-        return _open(entry, config, part, without=without)
+        return _open(entry, config, part, tokenizer, without=without)
 
     if not held:
         return [open_(split, entry) for entry in entries]
@@ -141,7 +155,12 @@ def _entry(entry: Mapping[str, Any], where: str) -> _Entry:
 
 
 def _open(
-    entry: _Entry, config: DataConfig, split: str, *, without: Sequence[np.ndarray] = ()
+    entry: _Entry,
+    config: DataConfig,
+    split: str,
+    tokenizer: Tokenizer | None,
+    *,
+    without: Sequence[np.ndarray] = (),
 ) -> WeightedSource:
     """Opens the files of an entry; `split` is train, holdout or all."""
     if entry.source == "stdlib":
@@ -149,14 +168,15 @@ def _open(
     else:
         paths, whole_files = matching_files(entry.path, entry.where), False
     total = sum(path.stat().st_size for path in paths)
-    block = min(max(total // BLOCKS_PER_DATASET, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
+    make = _DocumentMaker(config, entry.text_field, tokenizer)
     files = [
         open_records(
             path,
             "text" if whole_files else entry.format,
             text_field=entry.text_field,
-            block_bytes=2**62 if whole_files else block,
-            span_bytes=max(4_096, 8 * config.sequence_length),
+            check=make.check,
+            block_bytes=2**62 if whole_files else block_bytes(total, config.sequence_length),
+            span_bytes=max(MIN_SPAN_BYTES, BYTES_PER_ROW_TOKEN * config.sequence_length),
         )
         for path in paths
     ]
@@ -178,8 +198,16 @@ def _open(
             f"{entry.path}: every record also stands in data.holdout_files; nothing is left to "
             "train on."
         )
-    make = _document_maker(config, entry.text_field)
-    return WeightedSource(RecordSource(files, groups, np.flatnonzero(chosen), make), entry.weight)
+    definition = f"{entry.format} {entry.text_field} {make.template_fingerprint}"
+    source = RecordSource(files, groups, np.flatnonzero(chosen), make, definition)
+    return WeightedSource(source, entry.weight)
+
+
+def block_bytes(total: int, sequence_length: int) -> int:
+    """Bytes of a text that are held out together, or not, where the files hold `total`."""
+    rows = max(MIN_BLOCK_BYTES, BYTES_PER_ROW_TOKEN * sequence_length)
+    usual = max(rows, min(total // BLOCKS_PER_DATASET, MAX_BLOCK_BYTES))
+    return min(usual, max(total // FEWEST_BLOCKS, TINY_BLOCK_BYTES))
 
 
 def held_out(groups: np.ndarray, name: str) -> np.ndarray:
@@ -204,6 +232,7 @@ class RecordSource:
 
     Attributes:
         groups: uint64 hash of the content of every chosen record.
+        fingerprint: of the records, which are chosen, and `definition`: how they become documents.
     """
 
     def __init__(
@@ -211,12 +240,14 @@ class RecordSource:
         files: Sequence[Records],
         groups: np.ndarray,
         chosen: np.ndarray,
-        make: Callable[[dict[str, Any], str], list[Document]],
+        make: Callable[[Record], list[Document]],
+        definition: str,
     ):
         self._files, self._chosen, self._make = files, chosen, make
         self._starts = np.cumsum([0] + [len(file) for file in files])
         self.groups = groups[chosen]
-        self.fingerprint = f"{hash_bytes(groups.tobytes() + chosen.tobytes()):016x}"
+        facts = groups.tobytes() + chosen.tobytes() + self._starts.tobytes() + definition.encode()
+        self.fingerprint = f"{hash_bytes(facts):016x}"
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -224,8 +255,7 @@ class RecordSource:
     def __getitem__(self, index: int) -> list[Document]:
         record = self._chosen[index]
         file = int(np.searchsorted(self._starts, record, side="right")) - 1
-        fields, where = self._files[file].read(int(record - self._starts[file]))
-        return self._make(fields, where)
+        return self._make(self._files[file].read(int(record - self._starts[file])))
 
     def __repr__(self) -> str:
         return f"RecordSource({len(self._files)} files, {len(self)} records)"
@@ -266,22 +296,34 @@ def stdlib_files() -> list[Path]:
     return files
 
 
-def _document_maker(
-    config: DataConfig, text_field: str
-) -> Callable[[dict[str, Any], str], list[Document]]:
-    """Record to document; the chat template is opened when the first chat is met."""
-    template: list[ChatTemplate] = []
+class _DocumentMaker:
+    """Record to documents; the chat template is opened when the first chat is met."""
 
-    def make(record: dict[str, Any], where: str) -> list[Document]:
-        if "messages" in record:
-            if not template:
-                template.append(ChatTemplate.find(config.chat_template or config.tokenizer))
-            return template[0].documents(record, where)
-        if "prompt" in record:
-            prompt = Piece(record["prompt"], config.prompt_weight)
-            return [Document((prompt, Piece(record["response"], 1.0)), where)]
-        return [
-            Document((Piece(record[text_field if text_field in record else "text"], 1.0),), where)
-        ]
+    def __init__(self, config: DataConfig, text_field: str, tokenizer: Tokenizer | None):
+        self._config, self._text_field, self._tokenizer = config, text_field, tokenizer
+        self._template: ChatTemplate | None = None
 
-    return make
+    @property
+    def template_fingerprint(self) -> str:
+        """Of the chat template, empty if no chat has been met."""
+        return self._template.fingerprint if self._template else ""
+
+    def __call__(self, record: Record) -> list[Document]:
+        fields, where, end = record
+        if "messages" in fields:
+            if self._template is None:
+                place = self._config.chat_template or self._config.tokenizer
+                self._template = ChatTemplate.find(place)
+            return self._template.documents(fields, where)
+        if "prompt" in fields:
+            prompt = Piece(fields["prompt"], self._config.prompt_weight)
+            return [Document((prompt, Piece(fields["response"], 1.0)), where)]
+        text = fields[self._text_field if self._text_field in fields else "text"]
+        return [Document((Piece(text, 1.0),), where, end)]
+
+    def check(self, record: Record) -> None:
+        """Raises ValueError for what would be refused in the middle of training."""
+        for document in self(record):
+            if isinstance(self._tokenizer, ByteTokenizer):  # any other one reads every text
+                for piece in document.pieces:
+                    self._tokenizer.check(piece.text, where=document.where)

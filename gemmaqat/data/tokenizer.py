@@ -7,7 +7,7 @@ by packing, so that every one of them appears exactly once.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,8 +33,12 @@ class Tokenizer(Protocol):
     eos_id: int
     bos_id: int
 
-    def encode(self, text: str, *, where: str = "text") -> list[int]:
-        """Ids of `text`, nothing added. `where` names its origin in errors."""
+    def encode(self, text: str, *, after: str = "", where: str = "text") -> list[int]:
+        """Ids of `text`, nothing added.
+
+        `after` is the text it continues, whose ids stay what they are: some tokenizers put a space
+        before a beginning, which has no place inside. `where` names the origin in errors.
+        """
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -59,8 +63,12 @@ class ByteTokenizer:
         self.name = f"bytes-{vocab_size}"
         self.fingerprint = self.name
 
-    def encode(self, text: str, *, where: str = "text") -> list[int]:
-        """Bytes of the UTF-8 text.
+    def encode(self, text: str, *, after: str = "", where: str = "text") -> list[int]:
+        """Bytes of the UTF-8 text; raises as `check` does."""
+        return list(self.check(text, where=where))
+
+    def check(self, text: str, *, where: str) -> bytes:
+        """The UTF-8 text as bytes.
 
         Raises:
             ValueError: a byte lies outside the vocabulary, or is one of the special tokens.
@@ -71,9 +79,9 @@ class ByteTokenizer:
             raise ValueError(
                 f"{where}: byte {data[wrong]} at offset {wrong} is outside the vocabulary of the "
                 f"byte tokenizer (3 to {self.vocab_size - 1}); set data.tokenizer='bytes-256' for "
-                "text beyond ASCII, or 'bpe'."
+                "text beyond ASCII, or another tokenizer."
             )
-        return list(data)
+        return data
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; a broken UTF-8 sequence shows as replacement characters."""
@@ -90,12 +98,20 @@ class FileTokenizer:
         try:
             content = path.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            definition = json.loads(content)
+            inside = {name: _without_prefix(definition.get(name)) for name in _PREFIXING}
+            self._inside: Any = None  # what stands inside a text, where beginnings differ
+            if any(inside[name] != definition.get(name) for name in _PREFIXING):
+                self._inside = tokenizers.Tokenizer.from_str(json.dumps(definition | inside))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
                 f"{path}: not a tokenizer.json of the tokenizers library ({error}); download it "
                 "again from where the checkpoint came from."
             ) from None
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        for tokenizer in (self._tokenizer, self._inside):
+            if tokenizer is not None:  # settings of the one who saved it, for batches of its own
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         settings = settings or {}
@@ -103,10 +119,22 @@ class FileTokenizer:
         self.bos_id = find("bos_token", ("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>"))
         self.eos_id = find("eos_token", ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"))
         self.pad_id = find("pad_token", ("<pad>", "<|pad|>", "<|endoftext|>", "</s>", "<eos>"))
+        special = f"{self.bos_id} {self.eos_id} {self.pad_id}".encode()
+        self.fingerprint = hashlib.sha256(content + special).hexdigest()[:16]
 
-    def encode(self, text: str, *, where: str = "text") -> list[int]:
+    def encode(self, text: str, *, after: str = "", where: str = "text") -> list[int]:
         """Ids of `text`; special tokens written in it are recognised."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not after or self._inside is None:
+            return self._ids(text, self._tokenizer)
+        return _continue(
+            after,
+            text,
+            beginning=lambda t: self._ids(t, self._tokenizer),
+            inside=lambda t: self._ids(t, self._inside),
+        )
+
+    def _ids(self, text: str, tokenizer: Any) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` without special tokens."""
@@ -122,8 +150,10 @@ class SentencePieceTokenizer:
         content = path.read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self._model = sentencepiece.SentencePieceProcessor()
+        self._inside = sentencepiece.SentencePieceProcessor()  # for what stands inside a text
         try:
             self._model.LoadFromSerializedProto(content)
+            self._inside.LoadFromSerializedProto(content + _NO_DUMMY_PREFIX)
         except RuntimeError as error:
             raise ValueError(
                 f"{path}: not a SentencePiece model ({error}); download it again."
@@ -145,15 +175,28 @@ class SentencePieceTokenizer:
         }
         pieces = sorted(self._control, key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, pieces)) + ")")
+        self._has_prefix = self._model.encode("a") != self._inside.encode("a")
 
-    def encode(self, text: str, *, where: str = "text") -> list[int]:
+    def encode(self, text: str, *, after: str = "", where: str = "text") -> list[int]:
         """Ids of `text`; control pieces written in it are recognised."""
+        if not after or not self._has_prefix:
+            return self._ids(text, self._model)
+        return _continue(
+            after,
+            text,
+            beginning=lambda t: self._ids(t, self._model),
+            inside=lambda t: self._ids(t, self._inside),
+        )
+
+    def _ids(self, text: str, model: Any) -> list[int]:
+        """Ids of `text`, up to the first control piece by `model`."""
         ids: list[int] = []
         for part in self._pattern.split(text):
             if part in self._control:
                 ids.append(self._control[part])
             elif part:
-                ids += self._model.encode(part)
+                ids += model.encode(part)
+            model = self._inside
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -237,6 +280,44 @@ def _special_id(
         f"{path}: cannot tell which entry is the {key}; put {key!r} into tokenizer_config.json "
         "beside it."
     )
+
+
+# Parts of a tokenizer.json that may put a space before the text.
+_PREFIXING = ("normalizer", "pre_tokenizer")
+
+# Appended to a serialized ModelProto, sets normalizer_spec (field 3) .add_dummy_prefix (field 3) to
+# false: the parser merges a message field that comes twice.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+def _continue(
+    after: str,
+    text: str,
+    *,
+    beginning: Callable[[str], list[int]],
+    inside: Callable[[str], list[int]],
+) -> list[int]:
+    """Ids of `text` behind `after`: those of the joined text, unless a token of it spans both."""
+    before, joined = beginning(after), beginning(after + text)
+    if joined[: len(before)] == before:
+        return joined[len(before) :]
+    return inside(text)
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer (JSON) that puts no space before the text."""
+    match part:
+        case {"type": "Prepend"}:
+            return {"type": "Sequence", "normalizers": []}
+        case {"type": "Metaspace" | "ByteLevel"}:
+            unset = {"prepend_scheme": "never", "add_prefix_space": False}
+            return part | {key: value for key, value in unset.items() if key in part}
+        case {"type": "Sequence"}:
+            return {
+                key: [_without_prefix(each) for each in value] if isinstance(value, list) else value
+                for key, value in part.items()
+            }
+    return part
 
 
 def _import(module: str, purpose: str) -> Any:

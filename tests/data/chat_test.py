@@ -1,10 +1,11 @@
 """Chats: the checkpoint's template, and loss on the assistant's words alone."""
 
+import datetime
 import json
 
 import pytest
 
-from gemmaqat.data.chat import ChatTemplate
+from gemmaqat.data.chat import TEMPLATE_DATE, ChatTemplate
 from gemmaqat.data.packing import encode
 from gemmaqat.data.tokenizer import ByteTokenizer
 
@@ -124,6 +125,36 @@ def test_the_template_is_found_where_checkpoints_keep_it(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}file")
     assert ChatTemplate.find(str(tmp_path)).render([]) == "<bos>file"
     assert ChatTemplate.find(str(tmp_path / "chat_template.jinja")).render([]).endswith("file")
+
+
+def test_a_template_does_not_depend_on_the_day():
+    template = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", name="t")
+    assert template.render([]) == TEMPLATE_DATE.date().isoformat() != str(datetime.date.today())
+
+
+def test_a_fingerprint_is_of_the_template_and_its_tokens():
+    def make(source, token):
+        return ChatTemplate(source, name="t", special_tokens={"bos_token": token}).fingerprint
+
+    assert make(TURNS, "<bos>") == make(TURNS, "<bos>")
+    assert len({make(TURNS, "<bos>"), make(TURNS, "<s>"), make(STRIPPING, "<bos>")}) == 3
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'], ids=["list", "text"])
+def test_tools_reach_the_template(tools):
+    source = "{% for t in tools %}{{ t.name }}|{% endfor %}" + TURNS
+    (document,) = ChatTemplate(source, name="t").documents(
+        {"messages": CHAT, "tools": tools}, "here"
+    )
+    assert document.pieces[0].text.startswith("add|")
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"), [("{", "'tools' is not valid JSON"), ({}, "'tools' is dict, expected")]
+)
+def test_malformed_tools_are_named(tools, message):
+    with pytest.raises(ValueError, match=f"a.jsonl:7: {message}"):
+        ChatTemplate(TURNS, name="t").documents({"messages": CHAT, "tools": tools}, "a.jsonl:7")
 
 
 def test_a_broken_template_is_named():

@@ -26,6 +26,7 @@ def test_targets_are_the_next_tokens_and_prompts_weigh_less():
 
 def test_a_document_without_an_end_does_not_learn_one():
     assert encode(_document("ab", end=False), TOKENIZER)["targets"].tolist() == [*b"ab"]
+    assert len(encode(_document("", end=False), TOKENIZER)) == 0
 
 
 def test_long_documents_are_split_into_parts_that_start_anew():

@@ -11,7 +11,14 @@ from array_record.python import array_record_module
 
 from gemmaqat.data.config import DataConfig
 from gemmaqat.data.loader import make_loader
-from gemmaqat.data.sources import held_out, make_sources, matching_files, stdlib_files
+from gemmaqat.data.sources import (
+    block_bytes,
+    held_out,
+    make_sources,
+    matching_files,
+    stdlib_files,
+)
+from gemmaqat.data.tokenizer import make_tokenizer
 
 FILES = DataConfig(source="files", sequence_length=32, batch_size=2)
 
@@ -52,6 +59,57 @@ def test_a_single_text_file_is_split_too(tmp_path):
     assert lines(held) and not lines(train) & lines(held)
 
 
+def test_a_text_file_is_a_few_long_stretches_with_one_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(6_600)))
+    assert 60_000 < path.stat().st_size < 70_000
+    config = _config(dict(path=str(path)), sequence_length=128)
+    parts = [make_sources(config, s, task_seed=0)[0].source for s in ("train", "holdout")]
+    documents = [d for part in parts for i in range(len(part)) for d in part[i]]
+    assert len(documents) <= 33
+    assert min(len(d.pieces[0].text) for d in documents) >= 8 * 128
+    assert [d.end for d in documents].count(True) == 1
+    (last,) = [d for d in documents if d.end]
+    assert last.pieces[0].text.endswith("line 6599\n")
+
+
+def test_files_end_and_stretches_do_not(tmp_path):
+    last = "the last line of a file\n"
+    for name in "abcdef":
+        text = "".join(f"{name} {i}\n" for i in range(1_000)) + last
+        (tmp_path / f"{name}.txt").write_text(text)
+    config = _config(dict(path=str(tmp_path / "*.txt")), batch_size=1)
+    loader = make_loader(config, seed=0)
+    endings = 0
+    for _ in range(2_000):
+        row = next(loader)
+        for segment in range(1, row["segment_ids"].max() + 1):
+            targets = row["targets"][row["segment_ids"] == segment]
+            if targets[-1] == loader.tokenizer.eos_id:
+                ending = loader.tokenizer.decode(targets)
+                assert ending.endswith(last) or last.endswith(ending), ending
+                endings += 1
+    assert endings > 3
+
+
+@pytest.mark.parametrize(
+    ("total", "length", "expected"),
+    [
+        (10**9, 128, 2**20),  # large: still many blocks
+        (10**7, 128, 50_000),  # a two-hundredth
+        (10**6, 128, 2**14),
+        (10**6, 1_024, 2**14),  # the same hold-out
+        (10**6, 4_096, 2**16),  # several rows
+        (10**9, 2**17, 2**21),
+        (66_000, 128, 8_250),  # small: an eighth
+        (66_000, 4_096, 8_250),
+        (1_000, 128, 512),
+    ],
+)
+def test_blocks_hold_several_rows_and_small_texts_can_be_split(total, length, expected):
+    assert block_bytes(total, length) == expected
+
+
 def test_few_records_still_give_a_holdout():
     groups = np.asarray([21, 41, 61], np.uint64)  # none is a multiple of twenty
     assert held_out(groups, "data").tolist() == [True, False, False]
@@ -89,6 +147,8 @@ def test_the_stdlib_is_source_without_tests_split_by_file():
         documents = [source[i][0] for i in range(0, len(source), 5)]
         found[split] = {document.where.split(" at byte")[0] for document in documents}
     assert found["train"] and found["holdout"] and not found["train"] & found["holdout"]
+    ends = [source[i][0].end for source in parts.values() for i in range(len(source))]
+    assert ends.count(True) == len(files) < len(ends)  # a long file goes on
 
 
 def test_every_format_reaches_the_batches(tmp_path):
@@ -155,7 +215,50 @@ def test_a_double_star_descends(tmp_path):
 
 def test_bytes_outside_the_vocabulary_name_the_file(tmp_path):
     path = _write_lines(tmp_path / "a.jsonl", ["plain", "café", "naïve"])
-    loader = make_loader(_config(dict(path=path)), seed=0)
-    with pytest.raises(ValueError, match=r"a\.jsonl:\d: byte \d+ at offset \d .*'bytes-256'"):
-        for _ in range(100):
-            next(loader)
+    text = tmp_path / "b.txt"
+    text.write_text("plain\n" * 1_000 + "café")
+    for place, where in ((path, r"a\.jsonl:2"), (str(text), r"b\.txt at byte \d+")):
+        config = _config(dict(path=place))
+        with pytest.raises(ValueError, match=where + r": byte 195 at offset \d+ .*'bytes-256'"):
+            make_loader(config, seed=0)
+        next(make_loader(dataclasses.replace(config, tokenizer="bytes-256"), seed=0))
+
+
+CONTENTS = "{% for m in messages %}{{ m.content }};{% endfor %}"  # a chat template
+
+
+def _chat_folder(folder, template=CONTENTS):
+    (folder / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [json.dumps({"messages": chat, "id": i}) + "\n" for i in range(9)]
+    (folder / "chats.jsonl").write_text("".join(lines))
+    return _config(dict(path=str(folder / "chats.jsonl")), chat_template=str(folder))
+
+
+def test_a_chat_that_the_template_refuses_is_named_at_opening(tmp_path):
+    refusal = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+    config = _chat_folder(tmp_path, refusal + CONTENTS)
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "assistant", "content": "x"}]}\n')
+    with pytest.raises(ValueError, match=r"chats\.jsonl:10: .*refuses the chat: no x"):
+        make_sources(config, "train", task_seed=0)
+
+
+def test_what_a_template_writes_must_be_in_the_vocabulary(tmp_path):
+    config = _chat_folder(tmp_path, "{% for m in messages %}¶{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"chats\.jsonl:1: byte 194 at offset 0"):
+        make_sources(config, "train", task_seed=0, tokenizer=make_tokenizer(config))
+
+
+def test_a_fingerprint_covers_how_records_become_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "a{i}", "body": "b{i}"}}\n' for i in range(99)))
+    fingerprint = lambda config: make_loader(config, seed=0).fingerprint  # noqa: E731
+    entries = [dict(), dict(text_field="body"), dict(format="text")]
+    found = [fingerprint(_config(dict(path=str(path)) | entry)) for entry in entries]
+    assert len(set(found)) == 3
+    chats = _chat_folder(tmp_path)
+    before = fingerprint(chats)
+    assert fingerprint(chats) == before
+    (tmp_path / "chat_template.jinja").write_text(CONTENTS.replace(";", "."))
+    assert fingerprint(chats) != before

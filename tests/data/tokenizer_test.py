@@ -7,7 +7,7 @@ import json
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gemmaqat.data.bpe import trained_bpe
 from gemmaqat.data.config import DataConfig
@@ -103,6 +103,97 @@ def test_the_beginning_of_text_stands_exactly_once(folder):
         assert encoded["tokens"].tolist().count(tokenizer.bos_id) == 1
         assert encoded["tokens"][0] == tokenizer.bos_id
         assert tokenizer.bos_id not in encoded["targets"]
+
+
+def _piece_model(path, **options):
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "Question: where? Answer: on the mat.\n"] * 20),
+        model_writer=written, vocab_size=320, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        control_symbols=["<|turn>", "<turn|>"], minloglevel=2, **options,
+    )  # fmt: skip
+    path.write_bytes(written.getvalue())
+    return load_tokenizer(path)
+
+
+def _json_tokenizer(path, pre_tokenizer, normalizer=None, decoder=None):
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder or decoders.Metaspace()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator([TEXT, "Question: where? Answer: on the mat."], trainer)
+    tokenizer.save(str(path))
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def prefixing(tmp_path_factory):
+    """Tokenizers that put a space before a beginning, each in its own way."""
+    folder = tmp_path_factory.mktemp("prefixing")
+    space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    split = pre_tokenizers.Split("▁", "merged_with_next")
+    metaspace = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")])
+    return {
+        "sentencepiece": _piece_model(folder / "a.model"),  # removes extra spaces, too
+        "sentencepiece, spaces kept": _piece_model(
+            folder / "b.model", remove_extra_whitespaces=False, normalization_rule_name="identity"
+        ),
+        "metaspace": _json_tokenizer(folder / "c.json", metaspace),
+        "first": _json_tokenizer(folder / "d.json", pre_tokenizers.Metaspace()),
+        "prepend": _json_tokenizer(folder / "e.json", split, space),
+        "bytes": _json_tokenizer(
+            folder / "f.json", pre_tokenizers.ByteLevel(), decoder=decoders.ByteLevel()
+        ),
+    }
+
+
+PREFIXING = [
+    "sentencepiece",
+    "sentencepiece, spaces kept",
+    "metaspace",
+    "first",
+    "prepend",
+    "bytes",
+]
+
+
+@pytest.mark.parametrize("name", PREFIXING)
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("where?", " on the mat."), ("where? (", "the cat)"), ("the cat:\n", "the log"), ("a:", "b")],
+)
+def test_a_response_has_the_tokens_it_has_in_the_joined_text(prefixing, name, prompt, response):
+    tokenizer = prefixing[name]
+    document = Document((Piece(prompt, 0.0), Piece(response, 1.0)), "here", end=False)
+    encoded = encode(document, tokenizer)
+    assert encoded["targets"].tolist() == tokenizer.encode(prompt + response)
+    learned = encoded["targets"][encoded["loss_weights"] > 0].tolist()
+    assert tokenizer.encode(prompt) + learned == encoded["targets"].tolist()
+
+
+@pytest.mark.parametrize("name", PREFIXING)
+def test_a_response_inside_a_word_gets_no_space(prefixing, name):
+    tokenizer = prefixing[name]
+    ids = tokenizer.encode("the c") + tokenizer.encode("at", after="the c")
+    assert tokenizer.decode(ids).strip() == "the cat"
+
+
+def test_saved_truncation_and_padding_are_not_obeyed(folder, tmp_path):
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=64)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    expected = load_tokenizer(folder).encode(TEXT)
+    assert 4 < len(expected) < 64
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode(TEXT) == expected
+
+
+def test_special_tokens_are_part_of_the_fingerprint(folder):
+    alone = FileTokenizer(folder / "tokenizer.json")
+    assert alone.fingerprint != load_tokenizer(folder).fingerprint
 
 
 def test_a_chat_goes_through_template_and_tokenizer(folder, tmp_path):
