@@ -95,7 +95,7 @@ def generate(
     _check_sampling(temperature, top_k, top_p, max_new_tokens, config)
     length = _check_lengths(ids, max_new_tokens, cache_length, config)
     if stop_ids is None:
-        stop_ids = {*config.stop_ids, *(() if tokenizer is None else (tokenizer.eos_id,))}
+        stop_ids = [*config.stop_ids, *([] if tokenizer is None else [tokenizer.eos_id])]
 
     graphdef, params = nnx.split(model)
     # Below the resolution of the logits nothing else could be drawn, and the quotient overflows.
