@@ -3,7 +3,7 @@
 One float base, then the arms of the quickstart for eight recipes: the curve of quality against
 bits per weight.
 
-Expected (one seed): nothing to recover at 8 bits; the gain of QAT over the control grows as the
+Expected (not measured): nothing to recover at 8 bits; the gain of QAT over the control grows as the
 bits fall and is largest on the 2-bit and ternary grids.
 Cost: about three times the quickstart (estimate).
 

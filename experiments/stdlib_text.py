@@ -3,9 +3,10 @@
 The same comparison on Python source: the standard library's own files, in tokens of a BPE that is
 trained on them. The numbers move a little with the Python version, whose files are the data.
 
-Expected (one seed, a similar miniature): round to nearest at 2 bits raises the perplexity by 60 to
-90 %, QAT recovers about 80 % of that, the control nothing.
-Cost: about the quickstart's, plus half a minute to train the tokenizer (estimate).
+Measured (one seed, Python 3.11): round to nearest at 2 bits raises the perplexity by 17 %; QAT
+recovers 80 % of that, the control 11 %. At 4 bits it costs 1 %, and distilled QAT has 0.35 of its
+KL. 700 steps leave the base undertrained: a hundred more, in float, gain 3 %.
+Cost: 4 minutes on two CPU cores.
 
     gemmaqat compare --config=experiments/stdlib_text.py --workdir=runs/stdlib_text
 
