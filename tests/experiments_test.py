@@ -57,7 +57,8 @@ def test_the_config_has_known_fields_and_agreeing_values(path):
 @each_file
 def test_the_docstring_and_the_table_name_the_file_and_its_verb(path):
     verb = _command(path)
-    rows = [line for line in (FOLDER / "README.md").read_text().splitlines() if path.name in line]
+    lines = (FOLDER / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(f"| `{path.name}")]
     assert len(rows) == 1 and f"`{verb}`" in rows[0], rows
 
 
