@@ -36,9 +36,8 @@ BRACKET_LENGTHS = (3, 10)  # of the opened text; its closing is the answer
 # Addition without carry: each digit of the sum depends on two digits. The carry is what a miniature
 # does not learn in the given steps, with either order of the digits.
 ADDEND_DIGITS = 2
-# Recall asks for all pairs and repeats each key: several lookups in one example. With one
-# question after 2 to 4 pairs, `e2b_mini` answered 55 % after 600 steps (guessing: 36 %); with this
-# form and 2 or 3 pairs, all of the hold-out by step 500.
+# Recall asks for all pairs and repeats each key: several lookups in one example. One question
+# after 2 to 4 pairs is what a miniature does not learn in the given steps.
 RECALL_PAIRS = (2, 3)
 RECALL_KEYS = "abcdefgh"
 RECALL_VALUES = "0123456789"
