@@ -1,0 +1,54 @@
+"""What a user may choose about an export, and what a writer tells of each tensor."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+Kind = Literal["exact", "rescaled", "requantized", "kept", "carried"]
+KINDS: tuple[Kind, ...] = ("exact", "rescaled", "requantized", "kept", "carried")
+TableType = Literal["as_is", "q4_0", "q8_0", "q6_k", "f16", "bf16", "f32"]
+
+
+class Written(NamedTuple):
+    """One tensor of an artefact.
+
+    Attributes:
+        path: the parameter's path, or the file's own name of a carried tensor.
+        kind: `exact`: the codes and scales of the source; `rescaled`: its codes under other
+            scales; `requantized`: other codes; `kept`: floats; `carried`: bytes passed on.
+        stored: the format's name of the storage, e.g. `Q4_0`.
+        note: why it is neither exact nor carried, where that needs a word.
+    """
+
+    path: str
+    kind: Kind
+    stored: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Choices of an export; what a format does not know it ignores, what it cannot do it refuses.
+
+    Attributes:
+        float_dtype: of kept matrices, "bfloat16" | "float16" | "float32"; "" = the format's own.
+        tables: how float vocabulary tables are stored in a GGUF; "as_is" = in `float_dtype`.
+        packed_experts: pack the experts of 26B-A4B in compressed-tensors although no reader is
+            known to load them.
+        packed_tables: compressed-tensors: vocabulary tables on their grid instead of bfloat16.
+        per_layer_scales: gemma-mobile: the per-layer embedding's scales as `[V, L]` instead of the
+            `[V, 1]` that transformers loads.
+        text_only: leave out what is not the text decoder.
+        allow_rescale: round scales that the format cannot hold.
+        allow_requantize: choose new codes where the format cannot hold the grid.
+        shard_bytes: largest size of one safetensors file.
+    """
+
+    float_dtype: str = ""
+    tables: TableType = "as_is"
+    packed_experts: bool = False
+    packed_tables: bool = False
+    per_layer_scales: bool = False
+    text_only: bool = False
+    allow_rescale: bool = False
+    allow_requantize: bool = False
+    shard_bytes: int = 5_000_000_000
