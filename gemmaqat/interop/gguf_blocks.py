@@ -140,9 +140,7 @@ def decode_q6_k(raw: np.ndarray) -> Superblocks:
     codes = (low | (high & 3) << 4).view(np.int8)
     codes -= 32
     sub = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    return Superblocks(
-        codes.reshape(count, -1), _halves(blocks[..., 208:]), sub.reshape(count, -1)
-    )
+    return Superblocks(codes.reshape(count, -1), _halves(blocks[..., 208:]), sub.reshape(count, -1))
 
 
 def encode_q2_k(rows: AffineSuperblocks) -> np.ndarray:
