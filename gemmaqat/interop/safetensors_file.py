@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-_DTYPES = {
+DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -33,8 +33,8 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 
 
 class Tensor(NamedTuple):
@@ -63,9 +63,14 @@ class SafetensorsFile:
     def array(self, name: str) -> np.ndarray:
         """A read-only view of one tensor, in the stored dtype and shape."""
         entry = self.tensors[name]
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         flat = np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.start)
         return flat.reshape(entry.shape)
+
+    def data(self, name: str, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of one tensor, as they lie in the file."""
+        entry = self.tensors[name]
+        return memoryview(self._map)[entry.start + start : min(entry.start + stop, entry.stop)]
 
     def forget(self, name: str) -> None:
         """Lets the system drop the pages of a tensor; a later read maps them again."""
@@ -87,7 +92,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.files: dict[str, SafetensorsFile] = {}  # tensor name -> its file
-        index = folder / _INDEX_NAME
+        index = folder / INDEX_NAME
         if index.exists():
             self._open_shards(index)
         else:
@@ -133,15 +138,15 @@ class SafetensorsFolder:
 
 
 def _single_file(folder: Path) -> Path:
-    if (folder / _SINGLE_NAME).exists():
-        return folder / _SINGLE_NAME
+    if (folder / SINGLE_NAME).exists():
+        return folder / SINGLE_NAME
     found = sorted(path.name for path in folder.iterdir())
     others = [name for name in found if name.endswith(".safetensors")]
     if len(others) == 1:
         return folder / others[0]
     listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
     raise FileNotFoundError(
-        f"{folder}: neither {_SINGLE_NAME} nor {_INDEX_NAME} is there (found {listing}); "
+        f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there (found {listing}); "
         "download the safetensors weights of the model into this folder."
     )
 
@@ -170,9 +175,9 @@ def _read_header(
                 f"{path}: truncated: tensor {name!r} ends at byte {entry.stop}, the file has "
                 f"{size}; fetch it again."
             )
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ValueError(f"{path}: tensor {name!r} has unknown dtype {entry.dtype!r}.")
-        if entry.stop - entry.start != math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize:
+        if entry.stop - entry.start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
             raise ValueError(
                 f"{path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} has "
                 f"{entry.stop - entry.start} bytes; the header is damaged, fetch it again."
@@ -189,7 +194,7 @@ def write_safetensors(
     path: Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes arrays (NumPy or JAX) one at a time; the file appears under its name when complete."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, array in arrays.items():
