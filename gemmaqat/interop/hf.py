@@ -97,19 +97,14 @@ def read_pretrained(
         MemoryError: the parameters do not fit; the message says what would.
     """
     folder = Path(folder)
+    opened = open_folder(folder)
+    tensors, keys = opened.tensors, opened.keys
     config = dataclasses.replace(
-        read_config(folder),
+        opened.config,
         dtype=jnp.dtype(dtype).name,
         param_dtype=jnp.dtype(param_dtype or dtype).name,
         remat=remat,
     )
-    tensors = SafetensorsFolder(folder)
-    prefix = _text_prefix(tensors, folder)
-    wanted = abstract_parameters(config)
-    keys = {path: prefix + tensor_name(path) for path in wanted}
-    for path, leaf in wanted.items():
-        _check_tensor(tensors, keys[path], _stored_shape(path, leaf.shape), folder)
-    skipped = _account_for_rest(tensors, set(keys.values()), prefix, config, folder)
     if check_memory:
         _check_memory(config, folder, mesh)
 
@@ -121,9 +116,49 @@ def read_pretrained(
         flat[parts] = variable.replace(_read(tensors, keys[path], path, variable, sharding))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     size = sum(value.size * value.dtype.itemsize for value in jax.tree.leaves(flat))
+    skipped = dict(collections.Counter(opened.rest.values()))
     report = LoadReport(folder, len(keys), skipped, count_parameters(config), size)
     logging.info("%s", report)
     return Loaded(model, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenFolder:
+    """A Hugging Face folder whose every tensor is accounted for; nothing of it has been read.
+
+    Attributes:
+        config: the text decoder.
+        tensors: the mapped files.
+        prefix: of the text decoder's names.
+        keys: parameter path to the name of its tensor.
+        rest: every other tensor, with the reason why no parameter asks for it.
+    """
+
+    config: ModelConfig
+    tensors: SafetensorsFolder
+    prefix: str
+    keys: dict[str, str]
+    rest: dict[str, str]
+
+
+TIED_HEAD = "tied lm_head"  # the reason in `OpenFolder.rest` of a second copy of the table
+
+
+def open_folder(folder: str | Path) -> OpenFolder:
+    """Maps a folder and finds the tensor of every parameter.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_pretrained`.
+    """
+    folder = Path(folder)
+    config, tensors = read_config(folder), SafetensorsFolder(folder)
+    prefix = _text_prefix(tensors, folder)
+    wanted = abstract_parameters(config)
+    keys = {path: prefix + tensor_name(path) for path in wanted}
+    for path, leaf in wanted.items():
+        _check_tensor(tensors, keys[path], stored_shape(path, leaf.shape), folder)
+    rest = _account_for_rest(tensors, set(keys.values()), prefix, config, folder)
+    return OpenFolder(config, tensors, prefix, keys, rest)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -177,7 +212,8 @@ def is_transposed(path: str, rank: int) -> bool:
     return rank >= 2 and not path.startswith("embed_tokens")
 
 
-def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a parameter as deployed files have it, `[..., out, in]`."""
     if is_transposed(path, len(shape)):
         return (*shape[:-2], shape[-1], shape[-2])
     return tuple(shape)
@@ -217,26 +253,26 @@ def _check_tensor(
 
 def _account_for_rest(
     tensors: SafetensorsFolder, used: set[str], prefix: str, config: ModelConfig, folder: Path
-) -> dict[str, int]:
-    """Counts the tensors that no parameter asked for, by reason; an unknown one is an error."""
-    skipped: collections.Counter[str] = collections.Counter()
+) -> dict[str, str]:
+    """The tensors that no parameter asked for, with the reason; an unknown one is an error."""
+    rest: dict[str, str] = {}
     for key in tensors:
         if key in used:
             continue
         tower = next((p for p in _TOWER_PREFIXES if key.startswith(p)), None)
         if tower is not None:
-            skipped[tower.split(".")[-2]] += 1
+            rest[key] = tower.split(".")[-2]
         elif key.endswith("lm_head.weight"):
             _check_tied(tensors, key, f"{prefix}embed_tokens.weight")
-            skipped["tied lm_head"] += 1
+            rest[key] = TIED_HEAD
         elif _is_unused_shared(key.removeprefix(prefix), config):
-            skipped["unused keys and values of shared layers"] += 1
+            rest[key] = "unused keys and values of shared layers"
         else:
             raise ValueError(
                 f"{tensors.path(key)}: tensor {key!r} is no part of the Gemma 4 that "
                 f"{folder / 'config.json'} describes; they do not belong together."
             )
-    return dict(skipped)
+    return rest
 
 
 def _is_unused_shared(name: str, config: ModelConfig) -> bool:

@@ -73,7 +73,7 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
             stored as the table says.
     """
     folder = Path(folder)
-    config, table = read_config(folder), _read_table(folder)
+    config, table = read_config(folder), read_table(folder)
     if not is_packed_folder(folder):
         raise FileNotFoundError(f"{folder / WEIGHTS}: missing; give a folder of packed weights.")
     file = SafetensorsFile(folder / WEIGHTS)
@@ -100,7 +100,8 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _read_table(folder: Path) -> Table:
+def read_table(folder: Path) -> Table:
+    """The table beside packed weights."""
     path = folder / TABLE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; packed weights have their table beside them.")

@@ -254,7 +254,8 @@ def _exact_scale(blocks: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
         # Division by a power of two: exact.
         return _signed_extreme(blocks, axes) / grid.lowest
     if grid.scale_rule == "mean_abs":
-        return jnp.mean(jnp.abs(blocks), axis=axes, keepdims=True) * grid.scale_factor
+        count = int(np.prod([blocks.shape[a] for a in axes]))
+        return _sum(jnp.abs(blocks), axes) * np.float32(grid.scale_factor / count)
     return _absmax(blocks, grid, axes)
 
 
@@ -269,6 +270,19 @@ def _absmax(blocks: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
         # What XLA makes of qwix's division of many scales by one constant, written out.
         return absmax * np.float32(1 / divisor)
     return absmax / jnp.where(absmax > 0, np.float32(divisor), np.float32(1.0))
+
+
+def _sum(x: Array, axes: tuple[int, ...]) -> Array:
+    """Sums by halves, so that no memory layout changes the order and with it a last bit."""
+    for a in axes:
+        axis = x.ndim + a
+        size = 1 << (x.shape[axis] - 1).bit_length()
+        x = jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+        while size > 1:
+            size //= 2
+            first = jax.lax.slice_in_dim(x, 0, size, axis=axis)
+            x = first + jax.lax.slice_in_dim(x, size, 2 * size, axis=axis)
+    return x
 
 
 def _signed_extreme(blocks: Array, axes: tuple[int, ...]) -> Array:

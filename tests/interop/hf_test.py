@@ -169,7 +169,7 @@ def test_loading_holds_one_model_and_one_tensor_at_most(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {}
     for path, leaf in hf.abstract_parameters(config).items():
-        shape = hf._stored_shape(path, leaf.shape)
+        shape = hf.stored_shape(path, leaf.shape)
         values = rng.integers(0, 2**14, np.prod(shape), dtype=np.uint16)
         tensors[f"model.{hf.tensor_name(path)}"] = values.view(ml_dtypes.bfloat16).reshape(shape)
     save_file(tensors, tmp_path / "model.safetensors")
