@@ -52,7 +52,7 @@ class Attention(nnx.Module):
             eps=config.rms_norm_eps, dtype=config.param_dtype, rngs=rngs, value=head_dim**-0.25
         )
         width, kv_width = config.num_heads * head_dim, kv_heads * head_dim
-        self.input = HookPoint()
+        self.input = HookPoint(feeds=("q_proj", "k_proj", "v_proj"))
         self.q_proj = Linear(config.embed_dim, width, axes=("embed", "heads"), **linear)
         self.q_norm = RMSNorm(head_dim, **norm)
         if self.owns_kv:

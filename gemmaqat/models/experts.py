@@ -79,7 +79,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None):
         count, embed, hidden = config.num_experts, config.embed_dim, config.expert_dim
         grouped: dict[str, Any] = dict(dtype=config.param_dtype, rngs=rngs)
-        self.input = HookPoint()
+        self.input = HookPoint(feeds=("gate_up_proj",))
         self.gate_up_proj = GroupedLinear(
             count, embed, 2 * hidden, axes=("expert", "embed", "mlp"), **grouped
         )

@@ -16,7 +16,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs | None):
         hidden = config.layer_mlp_dim(layer)
         linear: dict[str, Any] = dict(dtype=config.param_dtype, rngs=rngs)
-        self.input = HookPoint()
+        self.input = HookPoint(feeds=("gate_proj", "up_proj"))
         self.gate_proj = Linear(config.embed_dim, hidden, axes=("embed", "mlp"), **linear)
         self.up_proj = Linear(config.embed_dim, hidden, axes=("embed", "mlp"), **linear)
         self.down_proj = Linear(hidden, config.embed_dim, axes=("mlp", "embed"), **linear)

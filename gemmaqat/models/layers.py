@@ -62,7 +62,17 @@ def init_constant(
 
 
 class HookPoint(nnx.Module):
-    """A named place where an activation passes unchanged until a quantizer takes the place."""
+    """A named place where an activation passes unchanged until a quantizer takes the place.
+
+    `input` and `output` of a leaf are its own. An `input` that several leaves share says which
+    ones it `feeds`; their own inputs then stay unused.
+    """
+
+    is_hook_point = True
+
+    def __init__(self, *, feeds: tuple[str, ...] = ()):
+        """`feeds`: the sibling modules that this input is of."""
+        self.feeds = feeds
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns `x`."""

@@ -45,8 +45,8 @@ def convert_params(
             raise ValueError(f"codes for {path}: the table does not quantize it.")
 
     def one(path: str, value: Any) -> Any:
-        entry = entries[path]
-        if entry.grid is None:
+        entry = entries.get(path)
+        if entry is None or entry.grid is None:
             return value
         if path in codes:
             packed = pack_entry(codes[path], entry)

@@ -29,8 +29,8 @@ def fake_quantize(params: Params, table: Table) -> Params:
     entries = matching_entries(params, table)
 
     def one(path: str, value: Any) -> Any:
-        entry = entries[path]
-        if entry.grid is None:
+        entry = entries.get(path)
+        if entry is None or entry.grid is None:
             return value
         return fake_quantize_array(value, entry.grid, entry.axis)
 
@@ -40,17 +40,24 @@ def fake_quantize(params: Params, table: Table) -> Params:
 def matching_entries(params: Params, table: Table) -> dict[str, Entry]:
     """The table's entries by path, after checking that the tree has these parameters.
 
+    Scales of activations are no weights: the tree may have them or not.
+
     Raises:
         ValueError: a parameter that only one of them has, of another shape, or packed already.
     """
-    entries, weights = table.by_path, trees.weights(params)
+    entries, scales = table.by_path, table.activation_scales
+    weights = {
+        path: value
+        for path, (value, metadata) in trees.weights(params).items()
+        if path not in scales and not trees.is_activation_scale(metadata)
+    }
     for path in sorted(entries.keys() | weights.keys()):
         if path not in entries or path not in weights:
             where = "the table" if path not in entries else "the parameters"
             raise ValueError(
                 f"{path}: not in {where}; resolve the rules for this model and use that table."
             )
-        value = weights[path][0]
+        value = weights[path]
         if isinstance(value, PackedTensor):
             raise ValueError(f"{path}: already packed; use dequantize_params first.")
         if tuple(value.shape) != entries[path].shape:

@@ -2,12 +2,13 @@
 
 Every recipe keeps the router in float (its top-k decisions are discrete) and, without the suffix
 `_emb`, the token and per-layer embedding tables. Norms and scalars are no matrices and stay float
-by themselves.
+by themselves. The `mobile_*` recipes (see `mobile.py`) belong to one size each.
 """
 
 import difflib
 from typing import Any
 
+from gemmaqat.quantization.mobile import MOBILE
 from gemmaqat.quantization.rule import Rule
 
 _ROUTER = Rule(name="router", module_path=r"(.*/)?router(/.*)?")
@@ -61,6 +62,7 @@ RECIPES: dict[str, tuple[Rule, ...]] = (
     {"none": (Rule(name="float"),)}
     | {name: _rules(name, grid, embeddings=False) for name, grid in _GRIDS.items()}
     | {f"{name}_emb": _rules(f"{name}_emb", grid, embeddings=True) for name, grid in _GRIDS.items()}
+    | MOBILE
 )
 
 

@@ -1,4 +1,7 @@
-"""`Rule`: which weights, and which grid. A qwix rule with more fields."""
+"""`Rule`: which modules, which grid for the weight, which activations in 8 bits.
+
+A qwix rule with more fields.
+"""
 
 import dataclasses
 import difflib
@@ -11,15 +14,14 @@ import jax.numpy as jnp
 from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid, check_types
 
 QTYPES = ("int8", "int4", "int3", "int2", "ternary")
+ACTIVATION_QTYPES = ("int8",)
+ACTIVATION_FIELDS = ("act_qtype", "output_qtype", "kv_qtype")
 INDIVISIBLE = ("error", "keep", "channel")
 
 # Fields of qwix rules that have no meaning here, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "op_names": (((), []), "weights are quantized as parameters, not where an op reads them"),
-    "act_qtype": ((None,), "activations are not quantized by weight rules"),
-    "act_static_scale": ((None, False), "activations are not quantized by weight rules"),
-    "act_calibration_method": ((None, "absmax"), "activations are not quantized by weight rules"),
-    "act_batch_axes": (((0,), [0]), "activations are not quantized by weight rules"),
+    "act_batch_axes": (((0,), [0]), "a static scale is one number for the whole tensor"),
     "bwd_qtype": ((None,), "gradients stay float"),
     "bwd_calibration_method": (("absmax",), "gradients stay float"),
     "bwd_weight_grad_tile_size": ((None,), "gradients stay float"),
@@ -27,14 +29,17 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "channelwise_noise_axes": (((0,), [0]), "gradients stay float"),
     "additional_qt_config": ((None,), "it configures qwix's own products"),
 }
+# Fields that qwix leaves at None where nothing is asked for.
+_UNSET_IN_QWIX = ("act_static_scale", "act_calibration_method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Weights by module path, and what becomes of them.
+    """Modules by path, and what becomes of their weights and activations.
 
-    The first six fields are qwix's and mean what they mean there; `module_path` is matched whole,
-    first match wins. A rule that sets nothing else gives qwix's codes.
+    The first eight fields are qwix's and mean what they mean there; `module_path` is matched whole,
+    first match wins. A rule that sets nothing else gives qwix's codes. Activations are quantized
+    under static scales alone.
     """
 
     module_path: str = ".*"  # regular expression for the whole path, e.g. r"layers/\d+/mlp/.*"
@@ -43,7 +48,14 @@ class Rule:
     #                                       None or 0 = one scale per channel
     weight_calibration_method: str = "absmax"  # or "absmax,<factor>"
     disable_channelwise_axes: bool = False  # one scale per matrix
+    act_qtype: Any = None  # int8: the module's input; modules that share one must agree on it
+    act_static_scale: bool = False  # True wherever an activation is quantized
+    act_calibration_method: str = "absmax"  # mean over batches of the largest magnitude, or
+    #                                         "absmax,<factor>", "percentile,<percent>", "mse"
 
+    output_qtype: Any = None  # int8: the module's output
+    kv_qtype: Any = None  # int8: the keys and values that an attention module caches
+    value_scale: float | None = None  # constant scale of those values; None = calibrated
     name: str = ""  # shown in the table
     levels: str = "full"  # full | half (2 bits: -1.5, -0.5, 0.5, 1.5)
     scale_rule: str | None = None  # see Grid; None = qwix's, absmax_half
@@ -64,6 +76,7 @@ class Rule:
                 f"module_path={self.module_path!r} is not a regular expression: {error}."
             ) from None
         object.__setattr__(self, "weight_qtype", _qtype_name(self.weight_qtype))
+        self._check_activations()
         if self.indivisible not in INDIVISIBLE:
             raise ValueError(_not_one_of("indivisible", self.indivisible, INDIVISIBLE))
         tile = self.tile_size
@@ -103,6 +116,29 @@ class Rule:
             round_scale=self.round_scale,
             rounding=self.rounding,
         )
+
+    def _check_activations(self) -> None:
+        for field in ACTIVATION_FIELDS:
+            found = getattr(self, field)
+            if found is not None:
+                found = _qtype_name(found, field, ACTIVATION_QTYPES)
+                object.__setattr__(self, field, found)
+            if found is not None and not self.act_static_scale:
+                raise ValueError(
+                    f"{field}={found!r} without act_static_scale=True: scales that follow each "
+                    "token (dynamic) are not supported for activations; set it."
+                )
+        if self.act_static_scale and not any(getattr(self, f) for f in ACTIVATION_FIELDS):
+            raise ValueError(
+                "act_static_scale=True, but nothing is quantized under it; set act_qtype, "
+                "output_qtype or kv_qtype, or leave it out."
+            )
+        check_calibration(self.act_calibration_method)
+        if self.value_scale is not None and not (self.kv_qtype and self.value_scale > 0):
+            raise ValueError(
+                f"value_scale={self.value_scale} is the positive scale of quantized values; it "
+                "needs kv_qtype."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults; `as_rule` reads them."""
@@ -180,7 +216,7 @@ def as_rule(source: Any, *, where: str) -> Rule:
             near = difflib.get_close_matches(key, [*fields, *_REFUSED], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}."
             raise ValueError(f"{where}: no field {key!r}; {hint}")
-        else:
+        elif value is not None or key not in _UNSET_IN_QWIX:
             kept[key] = value
     try:
         return Rule(**kept)
@@ -188,7 +224,32 @@ def as_rule(source: Any, *, where: str) -> Rule:
         raise type(error)(f"{where}: {error}") from None
 
 
-def _qtype_name(qtype: Any) -> str | None:
+def check_calibration(method: str) -> tuple[str, float]:
+    """The parts of a calibration method: its name and its number.
+
+    Raises:
+        ValueError: it is none of absmax[,factor], percentile,percent and mse.
+    """
+    name, *arguments = method.lower().split(",")
+    try:
+        numbers = [float(argument) for argument in arguments]
+    except ValueError:
+        numbers = [0.0]
+    if name == "absmax" and len(numbers) <= 1 and all(n > 0 for n in numbers):
+        return name, numbers[0] if numbers else 1.0
+    if name == "percentile" and len(numbers) == 1 and 0 < numbers[0] <= 100:
+        return name, numbers[0]
+    if name == "mse" and not numbers:
+        return name, 0.0
+    raise ValueError(
+        f"calibration method {method!r} is not absmax, absmax,<factor>, percentile,<percent> "
+        "(as percentile,99.9) or mse."
+    )
+
+
+def _qtype_name(
+    qtype: Any, field: str = "weight_qtype", known: tuple[str, ...] = QTYPES
+) -> str | None:
     """The canonical name of an integer type, from a name or a dtype."""
     if qtype is None:
         return None
@@ -196,9 +257,9 @@ def _qtype_name(qtype: Any) -> str | None:
         try:
             qtype = jnp.dtype(qtype).name
         except TypeError:
-            raise ValueError(_not_one_of("weight_qtype", qtype, QTYPES)) from None
-    if qtype not in QTYPES:
-        raise ValueError(_not_one_of("weight_qtype", qtype, QTYPES))
+            raise ValueError(_not_one_of(field, qtype, known)) from None
+    if qtype not in known:
+        raise ValueError(_not_one_of(field, qtype, known))
     return qtype
 
 

@@ -1,4 +1,4 @@
-"""Rules to table: the first rule that matches a parameter's module decides, and every one is told.
+"""Rules to table: the first rule that matches a module decides, and every parameter is told.
 
 The counterpart in qwix matches rules where ops run; here they match parameters, so nothing can be
 missed: each parameter is quantized by a named rule or listed with the reason why it is not.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gemmaqat.packed import Order
 from gemmaqat.quantization import trees
+from gemmaqat.quantization.activation_rules import resolve_activations
 from gemmaqat.quantization.grids import LARGEST_BLOCK, SMALLEST_BLOCK, Grid
 from gemmaqat.quantization.recipes import recipe
 from gemmaqat.quantization.rule import Rule as Rule
@@ -35,12 +36,13 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
             read. Without it a matrix is contracted over axis -2, a leaf named `embedding` over
             -1, and an array of rank 3 or more is kept: it may be a stack of experts, a projection
             to heads or a convolution, whose axes differ. Pure dicts carry no metadata, so resolve
-            the model or its state and use that table for the dict.
+            the model or its state and use that table for the dict. Rules about activations need
+            the model itself, for hook points are modules.
         rules: tried before `rules_or_recipe`; first match wins.
 
     Raises:
         ValueError: an unknown recipe, field or value; a rule that matches nothing; a block that
-            does not divide its axis.
+            does not divide its axis; modules that share an input and disagree on it.
     """
     own = [as_rule(rule, where=f"quantization.rules[{i}]") for i, rule in enumerate(rules)]
     named = isinstance(rules_or_recipe, str)
@@ -57,13 +59,17 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
             for rule, place in zip(rules_or_recipe, places[len(own) :], strict=True)
         ]
     chain = own + following
-    weights = trees.weights(params)
-    entries = tuple(_resolve_one(path, *weights[path], chain, places) for path in weights)
-    # A recipe is written for all models, so its rules may find nothing in one of them.
-    _expect_all_used(own if named else chain, chain, places, entries)
-    return Table(
-        entries, tuple(_in_words(rule) for rule in chain), rules_or_recipe if named else ""
+    entries = tuple(
+        _resolve_one(path, value, metadata, chain, places)
+        for path, (value, metadata) in trees.weights(params).items()
+        if not trees.is_activation_scale(metadata)
     )
+    activations = resolve_activations(params, chain, places)
+    used = {e.rule for e in entries} | {e.rule for e in activations}
+    # A recipe is written for all models, so its rules may find nothing in one of them.
+    _expect_all_used(own if named else chain, chain, places, entries, used)
+    words = tuple(_in_words(rule) for rule in chain)
+    return Table(entries, words, rules_or_recipe if named else "", activations)
 
 
 def _resolve_one(
@@ -134,10 +140,13 @@ def _grid(
 
 
 def _expect_all_used(
-    asked: list[Rule], chain: list[Rule], places: list[str], entries: tuple[Entry, ...]
+    asked: list[Rule],
+    chain: list[Rule],
+    places: list[str],
+    entries: tuple[Entry, ...],
+    used: set[int | None],
 ) -> None:
     """A rule somebody wrote must decide something."""
-    used = {entry.rule for entry in entries}
     candidates = {
         entry.path.rpartition("/")[0]: entry for entry in entries if entry.rule is not None
     }

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from gemmaqat.packed import Order, storage_bits
 from gemmaqat.quantization.grids import Grid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_ACTIVATIONS = 1  # version of a table that has none: as earlier ones wrote it
+
+SCALE = "scale"  # name of a quantizer's scale under its hook point
 
 FAMILIES = (
     "attention",
@@ -85,6 +88,19 @@ class Entry:
         return scales * jnp.dtype(self.grid.scale_dtype).itemsize
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationEntry:
+    """One hook point whose activation is quantized; a hook point without an entry stays float."""
+
+    path: str
+    qtype: str = "int8"
+    static: bool = True  # one scale for the tensor, found before and stored with the weights
+    calibration: str = "absmax"  # absmax[,factor] | percentile,percent | mse
+    constant: float | None = None  # the scale, where it is not calibrated
+    rule: int
+    rule_name: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Every parameter's entry, in the order of the tree. Hashable."""
@@ -92,6 +108,7 @@ class Table:
     entries: tuple[Entry, ...]
     rules: tuple[str, ...] = ()  # each rule in words, by number
     recipe: str = ""
+    activations: tuple[ActivationEntry, ...] = ()
 
     def __getitem__(self, path: str) -> Entry:
         for entry in self.entries:
@@ -115,9 +132,15 @@ class Table:
         return tuple(entry for entry in self.entries if entry.grid is None)
 
     @property
+    def activation_scales(self) -> frozenset[str]:
+        """Paths of the activations' scales among the parameters of a prepared model."""
+        return frozenset(f"{entry.path}/{SCALE}" for entry in self.activations)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all parameters, packed where they are quantized, scales included."""
-        return sum(entry.weight_bytes + entry.scale_bytes for entry in self.entries)
+        weights = sum(entry.weight_bytes + entry.scale_bytes for entry in self.entries)
+        return weights + 4 * len(self.activations)
 
     def bits_per_weight(self, *, quantized_only: bool = False) -> float:
         """Stored bits per parameter, scales included; floats count with their own dtype."""
@@ -138,7 +161,7 @@ class Table:
         return shares
 
     def diff(self, other: "Table") -> list[str]:
-        """What differs in `other`, one line per parameter; empty if nothing does."""
+        """What differs in `other`, one line per parameter or hook point; empty if nothing does."""
         mine, theirs = self.by_path, other.by_path
         lines = []
         for path in sorted(mine.keys() | theirs.keys()):
@@ -147,17 +170,25 @@ class Table:
                 lines.append(f"{path}: only in the {'second' if left is None else 'first'} table")
             elif _decision(left) != _decision(right):
                 lines.append(f"{path}: {_in_words(left)} -> {_in_words(right)}")
+        here, there = ({e.path: _activation(e) for e in t.activations} for t in (self, other))
+        for path in sorted(here.keys() | there.keys()):
+            before, after = here.get(path, "float"), there.get(path, "float")
+            if before != after:
+                lines.append(f"{path}: {before} -> {after}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with a `format_version`; `from_json` reads them."""
-        return {
-            "format_version": FORMAT_VERSION,
+        found = {
+            "format_version": FORMAT_VERSION if self.activations else WITHOUT_ACTIVATIONS,
             "recipe": self.recipe,
             "rules": list(self.rules),
             "bits_per_weight": self.bits_per_weight(),
             "entries": [dataclasses.asdict(entry) for entry in self.entries],
         }
+        if self.activations:
+            found["activations"] = [dataclasses.asdict(entry) for entry in self.activations]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Table":
@@ -167,14 +198,15 @@ class Table:
             ValueError: written by another version, or not a table.
         """
         version = data.get("format_version") if isinstance(data, Mapping) else None
-        if version != FORMAT_VERSION:
+        if version not in (WITHOUT_ACTIVATIONS, FORMAT_VERSION):
             raise ValueError(
-                f"quantization table: format_version is {version!r}, this version reads "
+                f"quantization table: format_version is {version!r}, this version reads up to "
                 f"{FORMAT_VERSION}; use the version of gemmaqat that wrote it."
             )
         try:
             entries = tuple(_entry_from_json(entry) for entry in data["entries"])
-            return cls(entries, tuple(data["rules"]), data["recipe"])
+            activations = tuple(ActivationEntry(**entry) for entry in data.get("activations", ()))
+            return cls(entries, tuple(data["rules"]), data["recipe"], activations)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"quantization table: a field is missing or unknown ({error}); restore the file "
@@ -194,7 +226,19 @@ class Table:
             rows[key] = (count + 1, scale_bytes + entry.scale_bytes)
         header = ("parameter", "shape", "rule", "grid or reason", "bits", "count", "scale bytes")
         body = [(*key, str(count), f"{size:,}") for key, (count, size) in rows.items()]
-        return "\n".join([*_columns([header, *body]), "", *self._summary()])
+        lines = [*_columns([header, *body]), ""]
+        if self.activations:
+            lines += [*self._render_activations(every_layer), ""]
+        return "\n".join([*lines, *self._summary()])
+
+    def _render_activations(self, every_layer: bool) -> list[str]:
+        rows: dict[tuple[str, ...], int] = {}
+        for entry in self.activations:
+            path = entry.path if every_layer else re.sub(r"(^|/)\d+(?=/)", r"\1*", entry.path)
+            key = (path, f"{entry.rule} {entry.rule_name}".strip(), _activation(entry))
+            rows[key] = rows.get(key, 0) + 1
+        header = ("activation", "rule", "quantizer", "count")
+        return _columns([header, *((*key, str(count)) for key, count in rows.items())])
 
     def _summary(self) -> list[str]:
         weights = sum(entry.num_weights for entry in self.entries)
@@ -215,6 +259,12 @@ def _decision(entry: Entry) -> tuple[Any, ...]:
 
 def _in_words(entry: Entry) -> str:
     return entry.grid.describe() if entry.grid else f"float: {entry.reason}"
+
+
+def _activation(entry: ActivationEntry) -> str:
+    kind = "static" if entry.static else "dynamic"
+    found = entry.calibration if entry.constant is None else f"scale {entry.constant:g}"
+    return f"{entry.qtype} {kind} {found}"
 
 
 def _entry_from_json(data: Mapping[str, Any]) -> Entry:

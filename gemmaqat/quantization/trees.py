@@ -29,6 +29,20 @@ def map_weights(function: Callable[[str, Any], Any], params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_leaf)
 
 
+def hook_points(model: nnx.Module) -> dict[str, Any]:
+    """The model's hook points, quantized ones too, by path, in the order of the graph."""
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if getattr(module, "is_hook_point", False)
+    }
+
+
+def is_activation_scale(metadata: Mapping[str, Any]) -> bool:
+    """Whether a parameter is the scale of a quantizer at a hook point, and so no weight."""
+    return bool(metadata.get("activation_scale"))
+
+
 def _state(params: Params) -> Params:
     return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
 

@@ -81,8 +81,8 @@ def test_json_brings_the_table_back(recipe):
 
 def test_another_version_and_a_broken_file_are_refused():
     data = resolve("int8", PARAMS).to_json()
-    with pytest.raises(ValueError, match="format_version is 2"):
-        Table.from_json({**data, "format_version": 2})
+    with pytest.raises(ValueError, match="format_version is 3"):
+        Table.from_json({**data, "format_version": 3})
     del data["entries"][0]["shape"]
     with pytest.raises(ValueError, match="'shape'.*resolve the rules again"):
         Table.from_json(data)

@@ -1,0 +1,159 @@
+"""Static activation quantizers: int8 with one scale per hook point, straight-through gradient.
+
+`prepare` puts a `StaticQuantizer` at every hook point that a table's activation entries name. Its
+scale is a parameter like any other: trained or fixed, saved with the weights, shipped as a number.
+A scale of 0 means "not calibrated" and passes the activation on unchanged, so a prepared model
+whose scales are all 0 is the float model, and float and quantized arms share one program.
+
+    x -> clamp(round_half_even(x / s), -128, 127) * s
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from gemmaqat.quantization import trees
+from gemmaqat.quantization.table import SCALE, Table
+from gemmaqat.typing import Params
+
+LOWEST, HIGHEST = -128, 127
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class StaticQuantizer(nnx.Module):
+    """A hook point that rounds to 8 bits under one scale for the whole tensor."""
+
+    is_hook_point = True
+
+    def __init__(self, scale: Any, *, feeds: tuple[str, ...] = ()):
+        """`scale`: float32 `()`, an array or its abstract shape; `feeds` as of the hook point."""
+        self.scale = nnx.Param(scale, activation_scale=True, axes=())
+        self.feeds = feeds
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The nearest of the 256 values; `x` itself where the scale is 0."""
+        return quantize_statically(x, self.scale.get_value())
+
+
+@jax.custom_vjp
+def quantize_statically(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, "..."]:
+    """`x` on the 8-bit grid of `scale`, in the dtype of `x`, to which the scale is cast first.
+
+    Gradients: to `x` as it is inside the range, 0 outside (the clamp is flat there); to the scale
+    that of learned step size quantization (LSQ, Esser et al., 2019, arXiv 1902.08153), with its
+    factor 1 / sqrt(127 * number of elements).
+    """
+    step, ratio = _ratio(x, scale)
+    codes = jnp.clip(jnp.round(ratio), LOWEST, HIGHEST)
+    return jnp.where(_is_off(scale, x.ndim), x, codes * step)
+
+
+def _forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return quantize_statically(x, scale), (x, scale)
+
+
+def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, scale = saved
+    _, ratio = _ratio(x, scale)
+    off = _is_off(scale, x.ndim)
+    inside = (ratio >= LOWEST) & (ratio <= HIGHEST)
+    to_x = jnp.where(inside | off, gradient, 0)
+    slope = jnp.where(inside, jnp.round(ratio) - ratio, jnp.clip(ratio, LOWEST, HIGHEST))
+    # In float32: a sum of so many terms in bfloat16 would lose most of them.
+    total = jnp.sum(jnp.where(off, 0, slope).astype(jnp.float32) * gradient.astype(jnp.float32))
+    return to_x, (total / np.sqrt(HIGHEST * max(x.size, 1))).astype(scale.dtype)
+
+
+quantize_statically.defvjp(_forward, _backward)
+
+
+def _ratio(x: Array, scale: Array) -> tuple[Array, Array]:
+    """The scale in the dtype of `x`, with as many axes, and `x / scale` (`x` where it is 0)."""
+    scale = scale.astype(x.dtype).reshape((1,) * x.ndim)
+    scale = jnp.where(scale == 0, 1, scale)
+    # A divisor that depends on x: XLA makes a product with the rounded reciprocal of a division
+    # by one number, and a tie would fall to the other side than in other libraries.
+    return scale, x / jnp.where(x != 0, scale, 1)
+
+
+def _is_off(scale: Array, ndim: int) -> Array:
+    return (scale == 0).reshape((1,) * ndim)
+
+
+def prepare(model: Model, table: Table) -> Model:
+    """A model like this one with a quantizer at every hook point that the table names.
+
+    The new quantizers are off (scale 0) until `calibrate` sets them; those that are there already
+    keep their scale. Weights are shared with `model`, which is left as it is.
+
+    Args:
+        model: it may be abstract.
+        table: resolved for this model; one without activations changes nothing.
+
+    Raises:
+        ValueError: the table names a hook point that the model does not have.
+    """
+    if not table.activations:
+        return model
+    model = nnx.clone(model)
+    hooks = trees.hook_points(model)
+    off = _zero_like_scale(model)
+    for entry in table.activations:
+        if entry.path not in hooks:
+            raise ValueError(
+                f"{entry.path}: no such hook point in the model; resolve the rules for this model "
+                "and use that table."
+            )
+        hook = hooks[entry.path]
+        if isinstance(hook, StaticQuantizer):
+            continue
+        parent: Any = model
+        *way, name = entry.path.split("/")
+        for step in way:
+            parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
+        setattr(parent, name, StaticQuantizer(off, feeds=hook.feeds))
+    return model
+
+
+def activation_scales(params: Params) -> dict[str, Any]:
+    """Hook path to scale, of a prepared model or its state."""
+    return {
+        path.removesuffix(f"/{SCALE}"): value
+        for path, (value, metadata) in trees.weights(params).items()
+        if trees.is_activation_scale(metadata)
+    }
+
+
+def with_scales(params: Params, scales: dict[str, Any]) -> Params:
+    """The same model or state with these scales, by hook path, in the place of its own."""
+
+    def one(path: str, value: Any) -> Any:
+        hook = path.removesuffix(f"/{SCALE}")
+        if hook == path or hook not in scales:
+            return value
+        # Where the old one was: JAX compiles anew for arrays that live elsewhere.
+        return jax.device_put(jnp.asarray(scales[hook], value.dtype), value.sharding)
+
+    return trees.map_weights(one, params)
+
+
+def without_activations(params: Params) -> Params:
+    """The same model or state with every scale 0: its activations are float again."""
+    return with_scales(params, dict.fromkeys(activation_scales(params), 0.0))
+
+
+def _zero_like_scale(model: nnx.Module) -> Any:
+    """A scale of 0 where the parameters are: on all their devices, or abstract as they."""
+    leaf = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param))))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((), jnp.float32)
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(jnp.zeros((), jnp.float32), sharding)

@@ -1,0 +1,71 @@
+"""The mobile recipes, tensor by tensor, against the bit table of the released checkpoints."""
+
+import pytest
+
+from gemmaqat.models.sizes import model_config
+from gemmaqat.planning.parameters import abstract_model
+from gemmaqat.quantization.rules import resolve
+
+# Layers, the first that shares its keys, bits of the MLPs from there on, bits of the PLE table.
+SIZES = {
+    "e2b": (35, 15, 2, 4),
+    "e4b": (42, 24, 4, 2),
+    "e2b_mini": (4, 2, 2, 4),
+    "e4b_mini": (6, 4, 4, 2),
+}
+
+
+def expected_bits(size):
+    layers, shared, wide_bits, table_bits = SIZES[size]
+    bits = {"embed_tokens": 2, "embed_tokens_per_layer": table_bits}
+    for layer in range(layers):
+        own = ("k_proj", "v_proj") if layer < shared else ()
+        for name in ("q_proj", "o_proj", *own):
+            bits[f"layers/{layer}/self_attn/{name}"] = 4
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            bits[f"layers/{layer}/mlp/{name}"] = 4 if layer < shared else wide_bits
+        for name in ("per_layer_input_gate", "per_layer_projection"):
+            bits[f"layers/{layer}/{name}"] = 8
+    return {f"{path}/weight": bit for path, bit in bits.items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tensor_has_its_bits_and_scales(size):
+    config = model_config(size)
+    table = resolve(f"mobile_{size}", abstract_model(config))
+    assert {e.path: e.grid.bits for e in table.quantized} == expected_bits(size)
+    for entry in table.quantized:
+        grid = entry.grid
+        assert (grid.lowest, grid.highest) == (-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1)
+        assert grid.scale_dtype == "float32" and grid.rounding == "even"
+        scales = grid.scale_shape(entry.shape, entry.axis)
+        if entry.path == "embed_tokens_per_layer/weight":
+            assert scales == (config.vocab_size, config.num_layers)
+        elif entry.path == "embed_tokens/weight":
+            assert scales == (config.vocab_size, 1)
+        else:
+            assert scales == (1, entry.shape[1])
+    kept = {e.path for e in table.kept if len(e.shape) == 2}
+    assert kept == {"per_layer_model_projection/weight"}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_linear_has_both_activations_and_the_head_none(size):
+    config = model_config(size)
+    table = resolve(f"mobile_{size}", abstract_model(config))
+    paths = {e.path for e in table.activations}
+    shared_input = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    expected = {"per_layer_model_projection/input", "per_layer_model_projection/output"}
+    for path in expected_bits(size):
+        if path.startswith("embed"):
+            continue
+        module = path.removesuffix("/weight")
+        parent, _, name = module.rpartition("/")
+        expected |= {f"{module}/output"}
+        expected |= {f"{parent if name in shared_input else module}/input"}
+    owners = range(config.num_layers - config.num_kv_shared_layers)
+    expected |= {f"layers/{i}/self_attn/{x}" for i in owners for x in "kv"}
+    assert paths == expected
+    assert all(e.qtype == "int8" and e.static for e in table.activations)
+    constants = {e.path.rpartition("/")[2]: e.constant for e in table.activations}
+    assert constants.pop("v") == 6 / 127 and set(constants.values()) == {None}
