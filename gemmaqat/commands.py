@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import platform
 import sys
@@ -26,9 +27,12 @@ from gemmaqat.interop.packed_folder import is_packed_folder, load_packed, save_p
 from gemmaqat.kernels import dispatch
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
-from gemmaqat.planning.devices import format_bytes, free_bytes
+from gemmaqat.planning.devices import format_bytes, free_bytes, parse_bytes
+from gemmaqat.planning.layouts import DEVICE_FORMATS, LAYOUTS
 from gemmaqat.planning.parameters import abstract_model
 from gemmaqat.planning.report import plan_comparison, plan_training
+from gemmaqat.planning.size import fit, survey
+from gemmaqat.planning.size_report import draw_fits, render, render_fits
 from gemmaqat.quantization.convert import convert
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.quantization.table import Table
@@ -163,6 +167,31 @@ def plan(options: Any) -> None:
     print(plan_training(experiment, _model_config(experiment)).render())
 
 
+def size(options: Any) -> None:
+    """Prints exact bytes of sizes and formats, and what fits a device; allocates nothing."""
+    memory = parse_bytes(options.memory, where="--memory") if options.memory else None
+    bandwidth = parse_bytes(options.bandwidth, where="--bandwidth") if options.bandwidth else None
+    if memory is None and (bandwidth or options.plot):
+        raise ValueError("--memory: missing; --bandwidth and --plot ask what fits in how much.")
+    measured = survey(
+        _names(options.size),
+        _names(options.format),
+        default=DEVICE_FORMATS if memory else tuple(LAYOUTS),
+        contexts=_counts(options.context, "--context") or ((4_096, 32_768) if memory else (0,)),
+        kv_cache=options.kv_cache,
+    )
+    if memory is None:
+        print(_json_text([one.to_json() for one in measured]) if options.json else render(measured))
+        return
+    fits = [fit(one, memory=memory, bandwidth=bandwidth) for one in measured]
+    if options.json:
+        print(_json_text([one.to_json() for one in fits]))
+    else:
+        print(render_fits(fits, memory=memory))
+    if options.plot:
+        draw_fits(fits, memory=memory, bandwidth=bandwidth).savefig(options.plot, dpi=150)
+
+
 def doctor(options: Any) -> None:
     """Prints versions, devices, kernels, memory and caches: the start of a problem report."""
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
@@ -268,6 +297,22 @@ def _find_tokenizer(given: str, source: Path) -> Tokenizer:
     if experiment.is_file():
         return make_tokenizer(configs.load(experiment).data)
     return load_tokenizer(source)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _counts(text: str, flag: str) -> tuple[int, ...]:
+    words = _names(text)
+    if any(not word.isdecimal() for word in words):
+        raise ValueError(f"{flag}={text}: expected whole numbers, as in {flag}=4096,32768.")
+    return tuple(int(word) for word in words)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2)
 
 
 def _columns(metrics: Mapping[str, Mapping[str, float]]) -> str:

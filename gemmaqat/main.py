@@ -19,6 +19,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from gemmaqat import commands
+from gemmaqat.planning.size import KV_TYPES
 from gemmaqat.training.loop import Terminated
 
 _USAGE_STATUS = 2
@@ -107,6 +108,11 @@ _VERBS = {
     ),
     "inspect": _Verb(commands.inspect, ("config", "tiny"), _FULL_SIZE_EXAMPLE),
     "plan": _Verb(commands.plan, ("config", "tiny"), _FULL_SIZE_EXAMPLE),
+    "size": _Verb(
+        commands.size,
+        ("size", "format", "context", "kv_cache", "json", "memory", "bandwidth", "plot"),
+        "--size=e2b,e4b --memory=8GiB --bandwidth=60GB/s --plot=fits.png",
+    ),
     "doctor": _Verb(commands.doctor, (), ""),
 }  # fmt: skip
 
@@ -152,6 +158,31 @@ _FLAGS: dict[str, Callable[..., Any]] = {
         default="float32",
         enum_values=["float32", "bfloat16", "float16"],
         help="Of computation and float parameters.",
+    ),
+    "size": functools.partial(
+        flags.DEFINE_string, default="", help="Sizes, as in e2b,31b; default: all five."
+    ),
+    "format": functools.partial(
+        flags.DEFINE_string, default="", help="Formats, as in q4_0-gguf,recipe:q4_0; default: all."
+    ),
+    "context": functools.partial(
+        flags.DEFINE_string, default="", help="Positions of the cache, as in 4096,32768."
+    ),
+    "kv_cache": functools.partial(
+        flags.DEFINE_enum,
+        default="",
+        enum_values=["", *KV_TYPES],
+        help=f"Type of the cache: {', '.join(KV_TYPES)}; default: the format's own.",
+    ),
+    "json": functools.partial(flags.DEFINE_bool, default=False, help="Print JSON."),
+    "memory": functools.partial(
+        flags.DEFINE_string, default="", help="Memory of a device, as in 8GiB: what fits in it?"
+    ),
+    "bandwidth": functools.partial(
+        flags.DEFINE_string, default="", help="Its bandwidth, as in 60GB/s: how fast at most?"
+    ),
+    "plot": functools.partial(
+        flags.DEFINE_string, default="", help="File for a picture of what fits, e.g. fits.png."
     ),
     "compilation_cache": functools.partial(
         flags.DEFINE_string,

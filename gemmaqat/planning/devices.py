@@ -1,6 +1,7 @@
 """How much memory the devices have left, and how bytes are written for people."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -28,6 +29,25 @@ def format_bytes(count: int | float) -> str:
     while abs(count) >= 1000 and unit != "TiB":
         count, unit = count / 1024, next(units)
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def parse_bytes(text: str, *, where: str) -> float:
+    """The bytes of `8GiB`, `60 GB` or `1e9`; a trailing `/s` is allowed.
+
+    Raises:
+        ValueError: not such a text; the message begins with `where`.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGT]?i?B?)(?:/s)?\s*", text)
+    factors = {"": 1} | {p: 1000**i for i, p in enumerate("KMGT", 1)}
+    factors |= {f"{p}i": 1024**i for i, p in enumerate("KMGT", 1)}
+    prefix = match[2].removesuffix("B").upper().replace("I", "i") if match else "?"
+    try:
+        count = float(match[1]) * factors[prefix] if match else 0.0
+    except (KeyError, ValueError):
+        count = 0.0
+    if count <= 0:
+        raise ValueError(f"{where}={text}: no amount; write for example 8GiB or 60GB.")
+    return count
 
 
 def _host_free_bytes() -> int | None:
