@@ -1,16 +1,20 @@
 """Key/value cache: ring buffers whose every slot knows its position.
 
 A slot holds the key, the value and the absolute position of one token; -1 marks an empty slot.
-Masks derive from positions alone, so neither order in memory nor padding matters.
+Masks derive from positions alone, so neither order in memory nor padding matters. Keys and values
+are stored as floats or as low-bit codes; attention reads codes back as floats, one layer at a time.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from gemmaqat.models.config import ModelConfig
+from gemmaqat.models.kv_codes import KVCodes, init_codes, quantize_like
 from gemmaqat.typing import Leaf, Positions, SegmentIds
 
 
@@ -19,8 +23,8 @@ from gemmaqat.typing import Leaf, Positions, SegmentIds
 class KeyValues:
     """Rotated keys and normed values of some tokens, with what masks need to know of them."""
 
-    k: Leaf  # float [B, S, K, H]
-    v: Leaf  # float [B, S, K, H]
+    k: Leaf  # float [B, S, K, H], or its KVCodes
+    v: Leaf  # float [B, S, K, H], or its KVCodes
     positions: Leaf  # int32 [B, S], absolute; -1 = nothing here
     segment_ids: Leaf | None = None  # int32 [B, S]
 
@@ -43,7 +47,7 @@ class KVCache:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, the scales of codes included."""
         return sum(x.k.nbytes + x.v.nbytes for x in self.layers if x is not None)
 
     @property
@@ -52,19 +56,40 @@ class KVCache:
         return sum(x.positions.nbytes for x in self.layers if x is not None)
 
 
-def init_cache(config: ModelConfig, *, batch_size: int, max_length: int, dtype: str) -> KVCache:
-    """An empty cache for `batch_size` sequences of at most `max_length` positions."""
+def init_cache(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    max_length: int,
+    dtype: str,
+    quantization: str | None = None,
+    static_scales: Sequence[tuple[Any, Any] | None] = (),
+) -> KVCache:
+    """An empty cache for `batch_size` sequences of at most `max_length` positions.
+
+    Args:
+        config: of the model.
+        batch_size: sequences.
+        max_length: positions that full-attention layers hold.
+        dtype: of stored floats; without a meaning for codes.
+        quantization: how keys and values are stored; None = as floats.
+        static_scales: for "static": the scales of keys and of values of every layer (None for
+            layers that share).
+    """
 
     def empty(layer: int) -> KeyValues | None:
         if not config.owns_kv(layer):
             return None
         slots = min(max_length, config.sliding_window) if config.is_sliding(layer) else max_length
         shape = (batch_size, slots, config.layer_kv_heads(layer), config.layer_head_dim(layer))
-        return KeyValues(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            positions=jnp.full((batch_size, slots), -1, jnp.int32),
+        scales = static_scales[layer] if quantization == "static" else None
+        k, v = (
+            jnp.zeros(shape, dtype)
+            if quantization is None
+            else init_codes(shape, quantization, static_scale=scale)
+            for scale in scales or (None, None)
         )
+        return KeyValues(k, v, positions=jnp.full((batch_size, slots), -1, jnp.int32))
 
     return KVCache(tuple(empty(layer) for layer in range(config.num_layers)))
 
@@ -82,10 +107,8 @@ def extend(cache: KeyValues, new: KeyValues, *, window: int | None) -> tuple[Key
         see keys that its late tokens overwrite, so a chunk of a sliding layer attends to the old
         slots and itself side by side; otherwise to the updated slots in place.
     """
-    chunk, slots = new.k.shape[1], cache.k.shape[1]
-    new = dataclasses.replace(
-        new, k=new.k.astype(cache.k.dtype), v=new.v.astype(cache.v.dtype), segment_ids=None
-    )
+    chunk, slots = new.positions.shape[1], cache.positions.shape[1]
+    new = KeyValues(_stored(new.k, cache.k), _stored(new.v, cache.v), new.positions)
     # Only the last tokens that fit are written, so that no slot is written twice.
     last = jnp.max(new.positions, axis=1, keepdims=True)
     written = (new.positions >= 0) & (new.positions > last - slots)
@@ -94,13 +117,20 @@ def extend(cache: KeyValues, new: KeyValues, *, window: int | None) -> tuple[Key
     index = jnp.where(written, new.positions % slots, slots)
 
     def write(old: Array, values: Array) -> Array:
+        if old.ndim == 0:  # a static scale, that of old and new alike
+            return old
         return jax.vmap(lambda o, i, x: o.at[i].set(x, mode="drop"))(old, index, values)
 
     updated = jax.tree.map(write, cache, new)
     if window is None or chunk == 1:
         return updated, updated
-    seen = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), cache, new)
-    return seen, updated
+    join = lambda old, x: jnp.concatenate([old, x], axis=1) if old.ndim else old  # noqa: E731
+    return jax.tree.map(join, cache, new), updated
+
+
+def _stored(x: Array, slots: Array | KVCodes) -> Array | KVCodes:
+    """Keys or values in the form of the slots they go to."""
+    return quantize_like(x, slots) if isinstance(slots, KVCodes) else x.astype(slots.dtype)
 
 
 def attention_mask(

@@ -13,6 +13,7 @@ from gemmaqat.models.block import Block, Context
 from gemmaqat.models.cache import KVCache, init_cache
 from gemmaqat.models.config import FULL, SLIDING, ModelConfig
 from gemmaqat.models.embedding import Embed
+from gemmaqat.models.kv_codes import KV_QUANTIZATIONS
 from gemmaqat.models.layers import Linear, RMSNorm
 from gemmaqat.typing import Activations, Leaf, Positions, SegmentIds, Tokens
 
@@ -146,13 +147,45 @@ class Gemma4(nnx.Module):
         cap = self.config.final_logit_softcap
         return cap * jnp.tanh(logits / cap) if cap < float("inf") else logits
 
-    def init_cache(self, *, batch_size: int, max_length: int, dtype: str | None = None) -> KVCache:
-        """An empty key/value cache; `dtype` defaults to that of the computation."""
+    def init_cache(
+        self,
+        *,
+        batch_size: int,
+        max_length: int,
+        dtype: str | None = None,
+        quantization: str | None = None,
+    ) -> KVCache:
+        """An empty key/value cache.
+
+        Args:
+            batch_size: sequences.
+            max_length: positions of each.
+            dtype: of stored floats; None = that of the computation.
+            quantization: "static" stores int8 codes under the model's calibrated scales; "int8"
+                and "int4" codes with a scale per token and head; None floats.
+
+        Raises:
+            ValueError: "static" on a model without such scales, a name that is none of these, or a
+                dtype for codes.
+        """
+        if quantization is not None and quantization not in KV_QUANTIZATIONS:
+            raise ValueError(
+                f"quantization={quantization!r} is none of {', '.join(KV_QUANTIZATIONS)}; choose "
+                "one, or None for a cache of floats."
+            )
+        if quantization is not None and dtype is not None:
+            raise ValueError(
+                f"dtype={dtype!r} and quantization={quantization!r} were both given; a cache holds "
+                "floats or codes, drop one."
+            )
+        static = quantization == "static"
         return init_cache(
             self.config,
             batch_size=batch_size,
             max_length=max_length,
             dtype=dtype or self.config.dtype,
+            quantization=quantization,
+            static_scales=[_static_scales(block) for block in self.layers] if static else (),
         )
 
     def _per_layer_inputs(self, tokens: Tokens, x: Activations) -> Float[Array, "B T L P"]:
@@ -166,6 +199,27 @@ class Gemma4(nnx.Module):
         projected = self.per_layer_model_projection(x) * config.embed_dim**-0.5
         context_part = self.per_layer_projection_norm(projected.reshape(shape))
         return (token_part + context_part) * 2.0**-0.5
+
+
+def _static_scales(block: Block) -> tuple[Array, Array] | None:
+    """The calibrated scales of a layer's keys and values, where it owns any."""
+    if not block.self_attn.owns_kv:
+        return None
+    return _static_scale(block, "k"), _static_scale(block, "v")
+
+
+def _static_scale(block: Block, name: Literal["k", "v"]) -> Array:
+    variable = getattr(getattr(block.self_attn, name), "scale", None)
+    scale = None if variable is None else variable.get_value()
+    if isinstance(scale, jax.core.Tracer):  # where no error can be raised, nothing is readable
+        return jnp.where(scale > 0, scale, jnp.nan)
+    if scale is None or not scale > 0:
+        found = "no scale" if scale is None else f"the scale {float(scale):g}"
+        raise ValueError(
+            f"layers/{block.index}/self_attn/{name} has {found}, a static cache needs one above 0; "
+            "calibrate the model for a recipe with a static KV cache, or choose 'int8'."
+        )
+    return scale
 
 
 def _check_positions(positions: Positions | None, cache: KVCache) -> None:
