@@ -101,24 +101,20 @@ def prepare(model: Model, table: Table) -> Model:
     """
     if not table.activations:
         return model
-    model = nnx.clone(model)
     hooks = trees.hook_points(model)
-    off = _zero_like_scale(model)
     for entry in table.activations:
         if entry.path not in hooks:
             raise ValueError(
                 f"{entry.path}: no such hook point in the model; resolve the rules for this model "
                 "and use that table."
             )
-        hook = hooks[entry.path]
-        if isinstance(hook, StaticQuantizer):
-            continue
-        parent: Any = model
-        *way, name = entry.path.split("/")
-        for step in way:
-            parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
-        setattr(parent, name, StaticQuantizer(off, feeds=hook.feeds))
-    return model
+    off = _scale_zero(model)
+    new = {
+        entry.path: StaticQuantizer(off, feeds=hooks[entry.path].feeds)
+        for entry in table.activations
+        if not isinstance(hooks[entry.path], StaticQuantizer)
+    }
+    return trees.with_modules(model, new)
 
 
 def activation_scales(params: Params) -> dict[str, Any]:
@@ -148,7 +144,7 @@ def without_activations(params: Params) -> Params:
     return with_scales(params, dict.fromkeys(activation_scales(params), 0.0))
 
 
-def _zero_like_scale(model: nnx.Module) -> Any:
+def _scale_zero(model: nnx.Module) -> Any:
     """A scale of 0 where the parameters are: on all their devices, or abstract as they."""
     leaf = next(iter(jax.tree.leaves(nnx.state(model, nnx.Param))))
     if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -38,6 +38,18 @@ def hook_points(model: nnx.Module) -> dict[str, Any]:
     }
 
 
+def with_modules(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> Any:
+    """A copy of the model, its arrays shared, with other modules at some paths."""
+    model = nnx.clone(model)
+    for path, module in modules.items():
+        *way, name = path.split("/")
+        parent: Any = model
+        for step in way:
+            parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
+        setattr(parent, name, module)
+    return model
+
+
 def is_activation_scale(metadata: Mapping[str, Any]) -> bool:
     """Whether a parameter is the scale of a quantizer at a hook point, and so no weight."""
     return bool(metadata.get("activation_scale"))
