@@ -30,8 +30,8 @@ from gemmaqat.planning.parameters import abstract_model, abstract_parameters, co
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 _TOWER_PREFIXES = tuple(f"{outer}{tower}." for outer in ("model.", "") for tower in _TOWERS)
-_UNUSED_SHARED = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
-_FLOATS = ("F32", "BF16", "F16")
+_UNUSED_SHARED = ("k_proj", "v_proj", "k_norm")
+FLOATS = ("F32", "BF16", "F16")
 _STRIP = 64  # source rows transposed at a time: a strip stays in the cache
 
 
@@ -152,11 +152,11 @@ def open_folder(folder: str | Path) -> OpenFolder:
     """
     folder = Path(folder)
     config, tensors = read_config(folder), SafetensorsFolder(folder)
-    prefix = _text_prefix(tensors, folder)
+    prefix = text_prefix(tensors, folder)
     wanted = abstract_parameters(config)
     keys = {path: prefix + tensor_name(path) for path in wanted}
     for path, leaf in wanted.items():
-        _check_tensor(tensors, keys[path], stored_shape(path, leaf.shape), folder)
+        check_tensor(tensors, keys[path], stored_shape(path, leaf.shape), folder)
     rest = _account_for_rest(tensors, set(keys.values()), prefix, config, folder)
     return OpenFolder(config, tensors, prefix, keys, rest)
 
@@ -219,9 +219,15 @@ def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _text_prefix(tensors: SafetensorsFolder, folder: Path) -> str:
+def text_prefix(tensors: SafetensorsFolder, folder: Path) -> str:
+    """The prefix of the text decoder's tensors.
+
+    Raises:
+        ValueError: there is no text decoder.
+    """
     for prefix in _TEXT_PREFIXES:
-        if f"{prefix}embed_tokens.weight" in tensors:
+        # Of a quantized table other tensors than `weight`.
+        if any(name.startswith(f"{prefix}embed_tokens.") for name in tensors):
             return prefix
     names = ", ".join(list(tensors)[:3])
     raise ValueError(
@@ -230,9 +236,14 @@ def _text_prefix(tensors: SafetensorsFolder, folder: Path) -> str:
     )
 
 
-def _check_tensor(
+def check_tensor(
     tensors: SafetensorsFolder, key: str, shape: tuple[int, ...], folder: Path
 ) -> None:
+    """Compares the float tensor of a parameter with what the configuration asks for.
+
+    Raises:
+        ValueError: it is missing, of another shape or no float.
+    """
     if key not in tensors:
         raise ValueError(
             f"{folder}: tensor {key!r} of shape {list(shape)} is missing; config.json and weights "
@@ -244,10 +255,10 @@ def _check_tensor(
             f"{tensors.path(key)}: tensor {key!r} has shape {list(entry.shape)}, config.json asks "
             f"for {list(shape)}; they do not belong together."
         )
-    if entry.dtype not in _FLOATS:
+    if entry.dtype not in FLOATS:
         raise ValueError(
             f"{tensors.path(key)}: tensor {key!r} has dtype {entry.dtype}, expected one of "
-            f"{', '.join(_FLOATS)}; load the unquantized checkpoint."
+            f"{', '.join(FLOATS)}; load the unquantized checkpoint."
         )
 
 
@@ -259,30 +270,38 @@ def _account_for_rest(
     for key in tensors:
         if key in used:
             continue
-        tower = next((p for p in _TOWER_PREFIXES if key.startswith(p)), None)
-        if tower is not None:
-            rest[key] = tower.split(".")[-2]
-        elif key.endswith("lm_head.weight"):
+        reason = why_unused(key, prefix, config)
+        if reason is None and key.endswith("lm_head.weight"):
             _check_tied(tensors, key, f"{prefix}embed_tokens.weight")
-            rest[key] = TIED_HEAD
-        elif _is_unused_shared(key.removeprefix(prefix), config):
-            rest[key] = "unused keys and values of shared layers"
-        else:
-            raise ValueError(
-                f"{tensors.path(key)}: tensor {key!r} is no part of the Gemma 4 that "
-                f"{folder / 'config.json'} describes; they do not belong together."
-            )
+            reason = TIED_HEAD
+        if reason is None:
+            raise unknown_tensor(tensors, key, folder)
+        rest[key] = reason
     return rest
 
 
-def _is_unused_shared(name: str, config: ModelConfig) -> bool:
-    parts = name.split(".", maxsplit=3)
-    return (
-        len(parts) == 4
+def why_unused(key: str, prefix: str, config: ModelConfig) -> str | None:
+    """Why no parameter asks for a tensor, quantized or not; None where there is no such reason."""
+    tower = next((p for p in _TOWER_PREFIXES if key.startswith(p)), None)
+    if tower is not None:
+        return tower.split(".")[-2]
+    parts = key.removeprefix(prefix).split(".")
+    shared = (
+        len(parts) == 5
         and parts[0] == "layers"
+        and parts[1].isdecimal()
+        and int(parts[1]) in range(config.first_shared_layer, config.num_layers)
         and parts[2] == "self_attn"
         and parts[3] in _UNUSED_SHARED
-        and int(parts[1]) in range(config.first_shared_layer, config.num_layers)
+    )
+    return "unused keys and values of shared layers" if shared else None
+
+
+def unknown_tensor(tensors: SafetensorsFolder, key: str, folder: Path) -> ValueError:
+    """The error of a tensor that nothing accounts for."""
+    return ValueError(
+        f"{tensors.path(key)}: tensor {key!r} is no part of the Gemma 4 that "
+        f"{folder / 'config.json'} describes; they do not belong together."
     )
 
 
