@@ -88,7 +88,11 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
 
     Arrays and keys that could have been left out are written always: what llama.cpp assumes in
     place of a missing one is wrong for some model.
+
+    Raises:
+        ValueError: llama.cpp would let a layer share the keys of another one than we do.
     """
+    _check_sharing(config)
     layers = range(config.num_layers)
     kv_heads = [config.layer_kv_heads(i) for i in layers]
     widths = [config.layer_mlp_dim(i) for i in layers]
@@ -124,6 +128,21 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
             "expert_feed_forward_length": config.expert_dim,
         }
     return {f"{ARCHITECTURE}.{key}": value for key, value in fields.items()}
+
+
+def _check_sharing(config: ModelConfig) -> None:
+    """llama.cpp takes the last two owning layers for a sliding and a full-attention one."""
+    first = config.first_shared_layer
+    for layer in range(first, config.num_layers):
+        source = first - 2 if config.is_sliding(layer) else first - 1
+        if source < 0 or config.is_sliding(source) != config.is_sliding(layer):
+            raise ValueError(
+                f"model {config.name!r}: of {config.num_layers} layers the last "
+                f"{config.num_kv_shared_layers} share keys, and llama.cpp reads those of layers "
+                f"{first - 2} and {first - 1}, which must be a sliding and a full-attention layer; "
+                "choose num_kv_shared_layers so that sharing begins after a full-attention layer, "
+                "or export another format."
+            )
 
 
 def read_config(file: GgufFile) -> ModelConfig:
@@ -170,7 +189,7 @@ def read_config(file: GgufFile) -> ModelConfig:
     eos = _token(file, "eos", 1)
     stop = file.metadata.get(STOP_IDS)
     try:
-        return ModelConfig(
+        config = ModelConfig(
             name=_name(file),
             vocab_size=_vocabulary(file),
             embed_dim=keys.integer("embedding_length"),
@@ -198,8 +217,10 @@ def read_config(file: GgufFile) -> ModelConfig:
             pad_id=_token(file, "padding", 0),
             eos_id=eos,
             bos_id=_token(file, "bos", 2),
-            stop_ids=_ids(stop) or tuple(sorted({eos, _token(file, "eot", eos)})),
+            stop_ids=_ids(stop) or tuple(dict.fromkeys((eos, _token(file, "eot", eos)))),
         )
+        _check_sharing(config)
+        return config
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(where)) else f"{where}: {text}") from None
