@@ -17,7 +17,6 @@ ARCHITECTURE = "gemma4"
 ROPE_FACTORS = "rope_freqs.weight"
 HEAD = "output.weight"  # only of models whose head is not tied
 STOP_IDS = "gemmaqat.stop_token_ids"
-CONTENTS = "gemmaqat.contents_sha256"
 
 _UNROTATED = 1e30  # divides the frequency of a pair that stands still
 _MAX_LAYERS = 1024

@@ -18,6 +18,7 @@ from gemmaqat.interop import gguf_model, hf
 from gemmaqat.interop.gguf_blocks import SUB_BLOCK, SUPERBLOCK, AffineSuperblocks
 from gemmaqat.interop.gguf_file import GgufFile, Info
 from gemmaqat.interop.gguf_tokenizer import SYNTHETIC, ExtractedFiles
+from gemmaqat.interop.safetensors_writer import CONTENTS_KEY
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.planning.parameters import abstract_model
@@ -231,7 +232,7 @@ def _check_tied(file: GgufFile) -> None:
 def _provenance(file: GgufFile) -> dict[str, Any]:
     fields = {
         key: file.metadata[key]
-        for key in ("gemmaqat.version", "gemmaqat.recipe", "gemmaqat.note", gguf_model.CONTENTS)
+        for key in ("gemmaqat.version", "gemmaqat.recipe", "gemmaqat.note", CONTENTS_KEY)
         if isinstance(file.metadata.get(key), str)
     }
     if file.metadata.get(SYNTHETIC):

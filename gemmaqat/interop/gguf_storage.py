@@ -105,9 +105,13 @@ def _floats(tensor: ShippedTensor, kind: BlockType, note: str = "") -> Storage:
                 f"{tensor.path}: holds values beyond float16's 65504; export it in bfloat16 "
                 "(float_dtype='bfloat16')."
             )
-        return Encoded(stored.view(np.uint8).reshape(len(stored), -1), "kept")
+        raw = stored.view(np.uint8).reshape(len(stored), -1)
+        if tensor.grid is None:
+            return Encoded(raw, "kept")
+        same = np.array_equal(stored.astype(np.float32), source)
+        return Encoded(raw, "exact" if same else "rescaled")
 
-    return Storage(tensor, kind, encode, note, "kept")
+    return Storage(tensor, kind, encode, note)
 
 
 def _own_type(tensor: ShippedTensor, grid: Grid, options: ExportOptions) -> Storage:

@@ -7,7 +7,7 @@ scales (see `gguf_storage`) and never held whole.
 import logging as standard_logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,21 @@ from gemmaqat.interop import gguf_model
 from gemmaqat.interop.gguf_storage import TABLES, Storage, choose
 from gemmaqat.interop.gguf_tokenizer import tokenizer_metadata
 from gemmaqat.interop.options import ExportOptions, Written
+from gemmaqat.interop.safetensors_writer import CONTENTS_KEY, NO_CONTENTS
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
 
-PLACEHOLDER = "0" * 64  # of the contents' hash, which is known when the file is written
 NO_CLAMPS = "without the activation clamps it was evaluated with"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q6_K": 18, "BF16": 32}
 
 
-def write_gguf(
-    shipment: Shipment,
-    folder: Path,
-    options: ExportOptions,
-    *,
-    progress: Callable[[int], Any] | None = None,
-) -> list[Written]:
+def write_gguf(shipment: Shipment, folder: Path, options: ExportOptions) -> list[Written]:
     """Writes `<name>-<type>.gguf` into an empty folder.
 
     Args:
         shipment: the model.
         folder: exists and is empty.
         options: `float_dtype`, `tables`, `allow_rescale` and `allow_requantize` are heeded.
-        progress: called with the number of bytes after each piece written.
 
     Raises:
         ValueError: a tensor that no GGUF type holds, or a tokenizer that does not fit.
@@ -79,10 +72,7 @@ def write_gguf(
         writer.write_padding(file, factors.nbytes)
         for storage in storages.values():
             for _, _, piece in pieces(storage.tensor):
-                raw = storage.encode(piece)
-                file.write(raw.data)
-                if progress is not None:
-                    progress(raw.nbytes)
+                file.write(storage.encode(piece).data)
             writer.write_padding(file, storage.num_bytes)
         file.flush()
     finally:
@@ -142,7 +132,7 @@ def _general(
         "general.size_label": _size_label(shipment),
         "general.file_type": _FILE_TYPES[_main_type(storages)],
         "gemmaqat.version": gemmaqat.__version__,
-        gguf_model.CONTENTS: PLACEHOLDER,
+        CONTENTS_KEY: NO_CONTENTS,
         gguf_model.STOP_IDS: list(shipment.config.stop_ids),
     }
     if shipment.table.recipe:
