@@ -141,6 +141,7 @@ def generate(options: Any) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        kv_cache=options.kv_cache or None,
         on_token=(lambda index, token, text: print(text, end="", flush=True)) if streamed else None,
     )
     if streamed:

@@ -65,6 +65,7 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
     cache_length: int | None = None,
+    kv_cache: str | None = None,
     on_token: OnToken | None = None,
 ) -> Generation:
     """Continues every prompt of a batch.
@@ -81,13 +82,16 @@ def generate(
         stop_ids: ids that end a prompt's continuation; None = the model's, and the end of text of
             the tokenizer where there is one.
         cache_length: positions the cache holds; None = as many as needed.
+        kv_cache: how keys and values are stored: "static" (int8 under the model's calibrated
+            scales), "int8" or "int4" (a scale per token and head); None = as floats.
         on_token: called as tokens appear with (prompt number, token id, text completed by it). The
             pieces of one prompt join to its text, and no piece ends within a character; what an
             ended prompt still holds back comes with id -1.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, a prompt with its continuation
-            longer than the cache, or a sampling setting out of range.
+            longer than the cache, a sampling setting out of range, or a static cache for a model
+            without scales.
         TypeError: text prompts without a tokenizer.
     """
     config: ModelConfig = model.config
@@ -109,7 +113,7 @@ def generate(
         key=jax.random.key(seed),
     )
     began = time.perf_counter()
-    cache = model.init_cache(batch_size=len(ids), max_length=length)
+    cache = model.init_cache(batch_size=len(ids), max_length=length, quantization=kv_cache)
     logits = None
     for tokens, positions, is_last in _prefill_chunks(ids):
         logits, cache = programs.prefill(params, tokens, positions, cache, is_last=is_last)

@@ -102,7 +102,7 @@ _VERBS = {
         commands.generate,
         (
             "checkpoint", "workdir", "prompt", "chat", "tokenizer", "max_new_tokens",
-            "temperature", "top_k", "top_p", "seed", "dtype",
+            "temperature", "top_k", "top_p", "seed", "dtype", "kv_cache",
         ),
         '--checkpoint=packed/e2b --prompt="Why is the sky blue?" --temperature=0.7',
     ),
@@ -172,7 +172,8 @@ _FLAGS: dict[str, Callable[..., Any]] = {
         flags.DEFINE_enum,
         default="",
         enum_values=["", *KV_TYPES],
-        help=f"Type of the cache: {', '.join(KV_TYPES)}; default: the format's own.",
+        help=f"Type of the cache: {', '.join(KV_TYPES)}; default: the format's own. To generate: "
+        "static, int8 or int4; default: that of --dtype.",
     ),
     "json": functools.partial(flags.DEFINE_bool, default=False, help="Print JSON."),
     "memory": functools.partial(

@@ -85,6 +85,27 @@ def test_long_prompts_go_through_in_chunks(model, monkeypatch):
     assert generate(model, prompts, max_new_tokens=8, stop_ids=()).tokens == whole.tokens
 
 
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+def test_keys_and_values_are_stored_as_codes_when_asked_for(model, monkeypatch, kv_cache):
+    """A cache of eight-bit codes says what the float one says for a while; four bits differ."""
+    prompts, made = [[5, 9, 200], list(range(40, 56))], []
+
+    def init_cache(**settings):
+        made.append(type(model).init_cache(model, **settings))
+        return made[-1]
+
+    plain = generate(model, prompts, max_new_tokens=12, stop_ids=())
+    monkeypatch.setattr(model, "init_cache", init_cache, raising=False)
+    coded = generate(model, prompts, max_new_tokens=12, stop_ids=(), kv_cache=kv_cache)
+    assert [layer.k.codes.dtype for layer in made[0].layers] == [
+        np.int8 if kv_cache == "int8" else np.uint8
+    ] * 2
+    if kv_cache == "int8":
+        assert [row[:2] for row in coded.tokens] == [row[:2] for row in plain.tokens]
+    else:
+        assert coded.tokens != plain.tokens
+
+
 def test_a_second_call_of_another_length_compiles_nothing(model):
     settings = dict(max_new_tokens=12, stop_ids=())
     generate(model, [[1, 2, 3], [4]], **settings)

@@ -185,8 +185,16 @@ class Gemma4(nnx.Module):
             max_length=max_length,
             dtype=dtype or self.config.dtype,
             quantization=quantization,
-            static_scales=[_static_scales(block) for block in self.layers] if static else (),
+            static_scales=[self._static_scales(block) for block in self.layers] if static else (),
         )
+
+    def _static_scales(self, block: Block) -> tuple[Array, Array] | None:
+        """The calibrated scales of a layer's keys and values, where it owns any."""
+        if not block.self_attn.owns_kv:
+            return None
+        k, v = _static_scale(block, "k"), _static_scale(block, "v")
+        # The hooks round in the activations' dtype, to which they cast their scale first.
+        return k.astype(self.config.dtype), v.astype(self.config.dtype)
 
     def _per_layer_inputs(self, tokens: Tokens, x: Activations) -> Float[Array, "B T L P"]:
         """Each layer's own embedding: a token part and a normed part from the input stream."""
@@ -199,13 +207,6 @@ class Gemma4(nnx.Module):
         projected = self.per_layer_model_projection(x) * config.embed_dim**-0.5
         context_part = self.per_layer_projection_norm(projected.reshape(shape))
         return (token_part + context_part) * 2.0**-0.5
-
-
-def _static_scales(block: Block) -> tuple[Array, Array] | None:
-    """The calibrated scales of a layer's keys and values, where it owns any."""
-    if not block.self_attn.owns_kv:
-        return None
-    return _static_scale(block, "k"), _static_scale(block, "v")
 
 
 def _static_scale(block: Block, name: Literal["k", "v"]) -> Array:

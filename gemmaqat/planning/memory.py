@@ -88,7 +88,12 @@ def training_memory(experiment: Experiment, config: ModelConfig) -> MemoryPlan:
 
 
 def generation_memory(
-    config: ModelConfig, *, batch_size: int, length: int, weight_bytes: int | None = None
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    length: int,
+    weight_bytes: int | None = None,
+    kv_cache: str | None = None,
 ) -> MemoryPlan:
     """Memory of decoding `batch_size` sequences of up to `length` positions.
 
@@ -97,24 +102,35 @@ def generation_memory(
         batch_size: sequences decoded together.
         length: positions of the cache.
         weight_bytes: of the weights where they are packed; None = all in `param_dtype`.
+        kv_cache: how keys and values are stored: static, int8 or int4; None = in `dtype`.
     """
     count = sum(math.prod(leaf.shape) for leaf in abstract_parameters(config).values())
     weights = count * _size(config.param_dtype) if weight_bytes is None else weight_bytes
-    cache = cache_bytes(config, batch_size=batch_size, length=length)
+    cache = cache_bytes(config, batch_size=batch_size, length=length, kv_cache=kv_cache)
+    stored = kv_cache or config.dtype
     logits = batch_size * config.vocab_size * 4
     return MemoryPlan(
         (
             Item("parameters", weights, f"{count:,}"),
-            Item("key/value cache", cache, f"{batch_size} x {length} positions, {config.dtype}"),
+            Item("key/value cache", cache, f"{batch_size} x {length} positions, {stored}"),
             Item("logits", logits, "float32"),
         )
     )
 
 
-def cache_bytes(config: ModelConfig, *, batch_size: int, length: int) -> int:
-    """Bytes of a key/value cache, its positions included."""
+def cache_bytes(
+    config: ModelConfig, *, batch_size: int, length: int, kv_cache: str | None = None
+) -> int:
+    """Bytes of a key/value cache, the scales of codes and its positions included."""
     cache = jax.eval_shape(
-        lambda: init_cache(config, batch_size=batch_size, max_length=length, dtype=config.dtype)
+        lambda: init_cache(
+            config,
+            batch_size=batch_size,
+            max_length=length,
+            dtype=config.dtype,
+            quantization=kv_cache,
+            static_scales=[(1.0, 1.0)] * config.num_layers,
+        )
     )
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 

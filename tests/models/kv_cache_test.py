@@ -8,25 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gemmaqat.generation import generate
 from gemmaqat.models.cache import KeyValues, extend
 from gemmaqat.models.kv_codes import KV_QUANTIZATIONS, KVCodes, init_codes, quantize_like
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
+from gemmaqat.quantization.activations import StaticQuantizer
+from gemmaqat.quantization.calibration import calibrate
+from gemmaqat.quantization.rules import resolve
 
 WINDOW, LENGTH, BATCH = 8, 40, 3
 K_SCALE, V_SCALE = 0.02, 6 / 127
-
-
-class StaticHook(nnx.Module):
-    """The scheme's own words: clamp(round(x / s), -128, 127) x s."""
-
-    def __init__(self, scale: float):
-        self.scale = nnx.Param(jnp.float32(scale))
-
-    def __call__(self, x):
-        scale = self.scale.get_value().reshape(1, 1, 1, 1)
-        codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -128, 127)
-        return (codes * scale).astype(x.dtype)
 
 
 class DynamicHook(nnx.Module):
@@ -44,8 +36,9 @@ def make_model(quantization, **changes):
     for block in model.layers:
         if block.self_attn.owns_kv and quantization is not None:
             static = quantization == "static"
-            block.self_attn.k = StaticHook(K_SCALE) if static else DynamicHook(quantization)
-            block.self_attn.v = StaticHook(V_SCALE) if static else DynamicHook(quantization)
+            for name, scale in (("k", K_SCALE), ("v", V_SCALE)):
+                hook = StaticQuantizer(jnp.float32(scale)) if static else DynamicHook(quantization)
+                setattr(block.self_attn, name, hook)
     return model
 
 
@@ -214,6 +207,24 @@ def test_half_precision_reads_the_same_codes(tokens):
     cache = model.init_cache(batch_size=BATCH, max_length=LENGTH, quantization="static")
     out = run(*nnx.split(model), tokens, POSITIONS, cache=cache)
     np.testing.assert_array_equal(out.logits, full.logits)
+
+
+def test_a_calibrated_mobile_model_generates_through_its_own_codes(tokens):
+    """Recipe, calibration, static cache: the first pass is the prepared model's own, bit for bit,
+    and the values' scale is the constant of the scheme.
+    """
+    model = make_model(None)
+    table = resolve("mobile_e2b_mini", model)
+    model = calibrate(model, table, [jnp.asarray(tokens)])
+    full = run(*nnx.split(model), tokens, POSITIONS)
+    cache = model.init_cache(batch_size=BATCH, max_length=LENGTH, quantization="static")
+    assert float(cache.layers[1].v.scales) == np.float32(6 / 127)
+    out = run(*nnx.split(model), tokens, POSITIONS, cache=cache)
+    np.testing.assert_array_equal(out.logits, full.logits)
+    prompts = tokens[:, :9].tolist()
+    made = generate(model, prompts, max_new_tokens=4, stop_ids=(), kv_cache="static")
+    first = np.argmax(np.asarray(full.logits)[:, 8], axis=-1)
+    assert [ids[0] for ids in made.tokens] == first.tolist()
 
 
 def test_bytes_shrink_by_as_much_as_the_codes_do(case):

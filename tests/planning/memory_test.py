@@ -53,6 +53,28 @@ def test_cache_bytes_follow_the_formula(name, full_window, per_position):
     assert memory.cache_bytes(config, batch_size=3, length=length) == 3 * expected
 
 
+@pytest.mark.parametrize("name", ["e2b", "31b"])
+def test_codes_take_their_bits_and_four_bytes_of_scale_per_token_and_head(name):
+    """In bf16 a vector of keys or values takes 2 H bytes, with positions (4 a slot) beside it."""
+    config = model_config(name, dtype="bfloat16")
+    length, plain, wanted = 5_000, 0, dict.fromkeys(("static", "int8", "int4"), 0)
+    for layer in range(config.num_layers):
+        if config.owns_kv(layer):
+            slots = config.sliding_window if config.is_sliding(layer) else length
+            vectors, head = 2 * slots * config.layer_kv_heads(layer), config.layer_head_dim(layer)
+            plain += vectors * 2 * head + 4 * slots
+            wanted["static"] += vectors * head + 4 * slots + 8
+            wanted["int8"] += vectors * (head + 4) + 4 * slots
+            wanted["int4"] += vectors * (head // 2 + 4) + 4 * slots
+    assert memory.cache_bytes(config, batch_size=1, length=length) == plain
+    for kv_cache, nbytes in wanted.items():
+        found = memory.cache_bytes(config, batch_size=1, length=length, kv_cache=kv_cache)
+        assert found == nbytes, kv_cache
+    plan = memory.generation_memory(config, batch_size=1, length=length, kv_cache="int4")
+    cache = {item.name: item for item in plan.items}["key/value cache"]
+    assert cache.bytes == wanted["int4"] and cache.note.endswith("int4")
+
+
 def test_methods_and_settings_move_the_plan_the_right_way():
     experiment = parse(base("e2b"))
     config = model_config("e2b", dtype="bfloat16", remat="full")
