@@ -1,5 +1,6 @@
 """Strict flags for every test: shapes checked, silent broadcasting refused, several devices."""
 
+import importlib.util
 import os
 
 # Before JAX starts: sharding tests need more than one device.
@@ -11,3 +12,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("gemmaqat", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Its modules import the readers of other projects, which the default environment lacks.
+if importlib.util.find_spec("torch") is None:
+    collect_ignore = ["interop_foreign"]

@@ -4,11 +4,9 @@ A float folder is quantized as it is read, some rows at a time, so its largest t
 as a whole. The codes are those that `convert` gives the same weights.
 """
 
-import collections
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTen
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, pack
 from gemmaqat.planning.parameters import abstract_model
+from gemmaqat.quantization.activations import prepare
 from gemmaqat.quantization.grids import TENSOR, Grid, quantize
-from gemmaqat.quantization.table import Table
+from gemmaqat.quantization.table import SCALE, Table
 
 PIECE_BYTES = 1 << 24  # of the float32 values of one piece
 _BATCH = 1 << 20  # weights quantized by one call of the compiled program
@@ -111,13 +110,16 @@ def of_folder(folder: str | Path, table: Table) -> Shipment:
         stored = opened.tensors.entry(key)
         if tuple(stored.shape) != hf.stored_shape(path, entry.shape):
             raise ValueError(
-                f"{folder}: {key} has shape {list(stored.shape)}, the table is for "
-                f"{list(hf.stored_shape(path, entry.shape))}; resolve the rules for this checkpoint."
+                f"{folder}: {key} has shape {list(stored.shape)}, the table is for a parameter of "
+                f"shape {list(entry.shape)}; resolve the rules for this checkpoint."
             )
-        tensors[path] = _of_file(path, file, key, entry.grid, entry.axis)
+        tensors[path] = of_file(path, file, key, entry.grid, entry.axis)
+    for activation in table.activations:  # off where nothing has calibrated it
+        path = f"{activation.path}/{SCALE}"
+        tensors[path] = _of_array(path, np.float32(activation.constant or 0))
     table_is_kept = table.by_path["embed_tokens/weight"].grid is None
     carried = {
-        name: _carried(opened.tensors.files[name], name)
+        name: of_carried(opened.tensors.files[name], name)
         for name, reason in opened.rest.items()
         if reason != hf.TIED_HEAD or table_is_kept
     }
@@ -155,7 +157,7 @@ def to_model(shipment: Shipment, *, dtype: Any = "float32", param_dtype: Any = N
         dtype=jnp.dtype(dtype).name,
         param_dtype=jnp.dtype(param_dtype or dtype).name,
     )
-    graphdef, state = nnx.split(abstract_model(config))
+    graphdef, state = nnx.split(prepare(abstract_model(config), shipment.table))
     entries, flat = shipment.table.by_path, {}
     for keys, variable in nnx.to_flat_state(state):
         path = "/".join(map(str, keys))
@@ -200,7 +202,7 @@ def _swapped(path: str, array: np.ndarray) -> np.ndarray:
     return np.swapaxes(array, -1, -2) if hf.is_transposed(path, array.ndim) else array
 
 
-def _by_matrix(
+def by_matrix(
     start: int, stop: int, rows: int, read: Callable[[int, int, int], np.ndarray]
 ) -> np.ndarray:
     """Rows of a stack of matrices of `rows` each; `read(matrix, first, last)` gives a range."""
@@ -225,7 +227,7 @@ def _of_array(path: str, value: Any) -> ShippedTensor:
 
     def read(start: int, stop: int) -> np.ndarray:
         cut = lambda matrix, first, last: stack[matrix, first:last]  # noqa: E731
-        return np.ascontiguousarray(_by_matrix(start, stop, shape[-2], cut))
+        return np.ascontiguousarray(by_matrix(start, stop, shape[-2], cut))
 
     return ShippedTensor(path=path, shape=shape, grid=None, dtype=dtype, read=read)
 
@@ -249,8 +251,8 @@ def _of_packed(path: str, value: PackedTensor, grid: Grid) -> ShippedTensor:
 
     def read(start: int, stop: int) -> Piece:
         return Piece(
-            np.ascontiguousarray(_by_matrix(start, stop, out, read_codes)),
-            np.ascontiguousarray(_by_matrix(start, stop, out, read_scales)),
+            np.ascontiguousarray(by_matrix(start, stop, out, read_codes)),
+            np.ascontiguousarray(by_matrix(start, stop, out, read_scales)),
         )
 
     return ShippedTensor(path=path, shape=shape, grid=grid, dtype=np.dtype(np.float32), read=read)
@@ -266,7 +268,7 @@ def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return (codes.astype(np.int8) - np.int8(1 << (bits - 1))).reshape(len(data), -1)
 
 
-def _of_file(
+def of_file(
     path: str, file: SafetensorsFile, key: str, grid: Grid | None, axis: int
 ) -> ShippedTensor:
     """One tensor of a mapped file; its pages are dropped once the last row has been read."""
@@ -346,13 +348,14 @@ def _quantize_matrices(
 
         return cut
 
-    piece = Piece(*(_by_matrix(start, stop, rows, part(field)) for field in (0, 1)))
+    piece = Piece(*(by_matrix(start, stop, rows, part(field)) for field in (0, 1)))
     if not np.all(np.isfinite(piece.scales.astype(np.float32))):
         raise ValueError(f"{path}: the weight holds NaN or infinity; take an earlier checkpoint.")
     return piece
 
 
-def _carried(file: SafetensorsFile, name: str) -> CarriedTensor:
+def of_carried(file: SafetensorsFile, name: str) -> CarriedTensor:
+    """A tensor of a mapped file, to be passed on."""
     entry = file.tensors[name]
     return CarriedTensor(
         name=name,

@@ -1,0 +1,270 @@
+"""The certificate of an export: what became of each tensor, proved by reading the artefact back.
+
+It holds a hash of every tensor as the reader of the format finds it, so it proves that an artefact
+is the one that was written (integrity). It is not signed: it says nothing of who wrote it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gemmaqat
+from gemmaqat.interop.formats import CERTIFICATE
+from gemmaqat.interop.hashes import Observed, carried_sha256, combine, tensor_sha256
+from gemmaqat.interop.options import KINDS, ExportOptions, Written
+from gemmaqat.interop.progress import Pass
+from gemmaqat.interop.shipment import Shipment, ShippedTensor
+from gemmaqat.interop.source import pieces, values
+
+FORMAT_VERSION = 1
+STATEMENT = (
+    "The hashes are those of the tensors as a reader of the format finds them. They prove that the "
+    "artefact is the one this certificate was made for; they do not prove who made it."
+)
+_READ_BYTES = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifiedTensor:
+    """One tensor of an artefact.
+
+    Attributes:
+        path: the parameter's path, or the name of a carried tensor.
+        kind: one of `options.KINDS`.
+        stored: the format's name of the storage.
+        weights: number of elements.
+        sha256: of the tensor in the artefact, as in `hashes`; of the bytes, where it is carried.
+        max_difference: the largest difference of its float32 values to the source's.
+        note: what else is to be said.
+    """
+
+    path: str
+    kind: str
+    stored: str
+    weights: int
+    sha256: str
+    max_difference: float = 0.0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What `export` proves; `save` writes it as certificate.json.
+
+    Attributes:
+        format: of the artefact.
+        tensors: every tensor of it.
+        left_out: tensors of the source that the artefact does not hold.
+        contents_sha256: one hash of all parameters in the artefact.
+        source_sha256: the same of the source.
+        recipe, coverage, table: what was quantized, and how.
+        options: of the export, where they are not the defaults.
+        files: SHA-256 of every file of the artefact, by name.
+        version, code_sha256: of the library that wrote it.
+        provenance: of the source: hashes of config and data, and the evaluation that was made on
+            exactly these parameters.
+    """
+
+    format: str
+    tensors: tuple[CertifiedTensor, ...]
+    left_out: tuple[str, ...] = ()
+    contents_sha256: str
+    source_sha256: str
+    recipe: str = ""
+    coverage: Mapping[str, float]
+    table: Mapping[str, Any]
+    options: Mapping[str, Any]
+    files: Mapping[str, str]
+    version: str = gemmaqat.__version__
+    code_sha256: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Number of weights of each kind; kinds that do not occur are left out."""
+        count: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for tensor in self.tensors:
+            count[tensor.kind] += tensor.weights
+        return {kind: number for kind, number in count.items() if number}
+
+    @property
+    def exact_share(self) -> float:
+        """Share of the quantized weights whose codes and scales are those of the source."""
+        count = self.weights
+        quantized = sum(count.get(kind, 0) for kind in ("exact", "rescaled", "requantized"))
+        return count.get("exact", 0) / quantized if quantized else 1.0
+
+    @property
+    def headline(self) -> str:
+        """One sentence."""
+        parts = ", ".join(f"{number:,} {kind}" for kind, number in self.weights.items())
+        return f"{self.format}: {self.exact_share:.2%} of the quantized weights exact ({parts})"
+
+    def save(self, folder: Path) -> None:
+        """Writes certificate.json."""
+        fields = dataclasses.asdict(self)
+        text = {
+            "format_version": FORMAT_VERSION,
+            "statement": STATEMENT,
+            "headline": self.headline,
+            "exact_share": self.exact_share,
+            "weights": self.weights,
+            **fields,
+        }
+        (folder / CERTIFICATE).write_text(json.dumps(text, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Certificate":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is unreadable or of another version.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; only `gemmaqat export` writes certificates.")
+        try:
+            fields = json.loads(path.read_text())
+            if fields["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"format_version is {fields['format_version']!r}, this version reads "
+                    f"{FORMAT_VERSION}"
+                )
+            known = {f.name: fields[f.name] for f in dataclasses.fields(cls)}
+            tensors = tuple(CertifiedTensor(**tensor) for tensor in known.pop("tensors"))
+            return cls(**known | {"tensors": tensors, "left_out": tuple(known["left_out"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no certificate of this version ({error}); restore it from a copy."
+            ) from None
+
+
+def certify(
+    observed: Observed,
+    artefact: Shipment,
+    written: Sequence[Written],
+    *,
+    format: str,
+    options: ExportOptions,
+    counted: Pass,
+) -> Certificate:
+    """Reads an artefact back and compares it with the source, tensor by tensor.
+
+    `files` is empty: the caller hashes them once the contents' hash is in its place.
+
+    Raises:
+        ValueError: a tensor is not what its writer says, which is a mistake of ours.
+    """
+    source = observed.shipment
+    tensors, hashes, sources = [], {}, {path: observed.sha256(path) for path in source.tensors}
+    for told in written:
+        if told.path in source.tensors:
+            if told.path not in artefact.tensors:
+                raise ValueError(f"{told.path}: written as {told.stored}, but not in the artefact.")
+            found = _compare(source, artefact, told, sources[told.path], counted)
+            hashes[told.path] = found.sha256
+        else:
+            found = _compare_carried(source, artefact, told)
+        tensors.append(found)
+    told_of = {told.path for told in written}
+    rest = artefact.tensors.keys() - told_of
+    if rest:
+        raise ValueError(f"{min(rest)}: in the artefact, but its writer does not tell of it.")
+    left_out = [path for path in (*source.tensors, *source.carried) if path not in told_of]
+    defaults = ExportOptions()
+    return Certificate(
+        format=format,
+        tensors=tuple(tensors),
+        left_out=tuple(left_out),
+        contents_sha256=combine(hashes),
+        source_sha256=combine(sources),
+        recipe=source.table.recipe,
+        coverage=source.table.coverage(),
+        table=source.table.to_json(),
+        options={
+            name: value
+            for name, value in dataclasses.asdict(options).items()
+            if value != getattr(defaults, name)
+        },
+        files={},
+        code_sha256=code_sha256(),
+        provenance=dict(source.provenance),
+    )
+
+
+def _compare(
+    source: Shipment, artefact: Shipment, told: Written, sha256: str, counted: Pass
+) -> CertifiedTensor:
+    """One parameter: its hash in the artefact, and how far its values are from the source's."""
+    left, right = source.tensors[told.path], artefact.tensors[told.path]
+    if (left.num_rows, left.row_length) != (right.num_rows, right.row_length):
+        raise ValueError(
+            f"{told.path}: shape {list(right.shape)} in the artefact, {list(left.shape)} in the "
+            "source."
+        )
+    found = tensor_sha256(right, counted=counted)
+    difference = 0.0 if found == sha256 else _difference(left, right)
+    # Where the format has floats for codes, the values stand for both.
+    if told.kind == "exact" and found != sha256 and (right.grid is not None or difference):
+        raise ValueError(
+            f"{told.path}: the {told.stored} in the artefact does not hold the codes and scales of "
+            f"the source (largest difference {difference:g})."
+        )
+    return CertifiedTensor(
+        path=told.path,
+        kind=told.kind,
+        stored=told.stored,
+        weights=left.num_weights,
+        sha256=found,
+        max_difference=difference,
+        note=told.note,
+    )
+
+
+def _difference(left: ShippedTensor, right: ShippedTensor) -> float:
+    largest = 0.0
+    for start, stop, piece in pieces(left):
+        apart = values(left, piece) - values(right, right.read(start, stop))
+        largest = max(largest, float(np.max(np.abs(apart), initial=0.0)))
+    return largest
+
+
+def _compare_carried(source: Shipment, artefact: Shipment, told: Written) -> CertifiedTensor:
+    if told.path not in source.carried or told.path not in artefact.carried:
+        raise ValueError(f"{told.path}: written, but not in both the source and the artefact.")
+    left, right = source.carried[told.path], artefact.carried[told.path]
+    digest = carried_sha256(right)
+    if digest != carried_sha256(left):
+        raise ValueError(f"{told.path}: its bytes are not those of the source.")
+    return CertifiedTensor(
+        path=told.path,
+        kind="carried",
+        stored=told.stored,
+        weights=int(np.prod(right.shape, dtype=np.int64)),
+        sha256=digest,
+        note=told.note,
+    )
+
+
+def code_sha256() -> str:
+    """The hash of the source files of this library."""
+    package = Path(gemmaqat.__file__).parent
+    hashes = {
+        str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in package.rglob("*.py")
+    }
+    return combine(hashes)
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            found.update(block)
+    return found.hexdigest()
