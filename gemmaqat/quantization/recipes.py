@@ -14,11 +14,18 @@ from gemmaqat.quantization.rule import Rule
 _ROUTER = Rule(name="router", module_path=r"(.*/)?router(/.*)?")
 _EMBEDDINGS = Rule(name="embeddings", module_path=r"(.*/)?embed[^/]*")
 
+_ANCHORED: dict[str, Any] = dict(
+    weight_qtype="int4", tile_size=32, scale_rule="ggml", scale_bits=5, anchor=True, bf16_safe=True
+)
+
 _GRIDS: dict[str, dict[str, Any]] = {
     "int8": dict(weight_qtype="int8", scale_rule="absmax"),
     "int4_channel": dict(weight_qtype="int4", scale_rule="absmax"),
-    # Q4_0 with the codes chosen for the stored scale.
-    "q4_0": dict(weight_qtype="int4", tile_size=32, scale_rule="ggml", scale_dtype="float16"),
+    # Q4_0 with a code -8 in every block and scales of 5 bits: bfloat16 holds the values, and the
+    # stock converter of llama.cpp finds these codes in them again.
+    "q4_0": _ANCHORED | dict(scale_dtype="float16"),
+    # Q4_0 without, the codes chosen for the stored scale.
+    "q4_0_free": dict(weight_qtype="int4", tile_size=32, scale_rule="ggml", scale_dtype="float16"),
     # ggml's own quantizers, bit for bit.
     "q4_0_ggml": dict(
         weight_qtype="int4",
@@ -36,8 +43,13 @@ _GRIDS: dict[str, dict[str, Any]] = {
         round_scale="after",
         rounding="away",
     ),
-    # compressed-tensors W4A16, group 32: absmax / 7.5 in the checkpoint's bfloat16.
-    "w4a16_g32": dict(
+    # GGUF's 8-bit block and 6-bit superblock, codes chosen for the stored scale.
+    "q8_0": dict(weight_qtype="q8_0"),
+    "q6_k": dict(weight_qtype="q6_k", indivisible="q8_0"),
+    # compressed-tensors W4A16, group 32, anchored too, with scales in the checkpoint's bfloat16.
+    "w4a16_g32": _ANCHORED | dict(scale_dtype="bfloat16"),
+    # That library's own choice: absmax / 7.5.
+    "w4a16_g32_free": dict(
         weight_qtype="int4", tile_size=32, scale_rule="absmax_half", scale_dtype="bfloat16"
     ),
     "int3_channel": dict(weight_qtype="int3", scale_rule="absmax"),

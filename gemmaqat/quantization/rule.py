@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid, check_types
+from gemmaqat.quantization.grid import CHANNEL, NAMED_GRIDS, TENSOR, Grid, check_types
 
-QTYPES = ("int8", "int4", "int3", "int2", "ternary")
+QTYPES = ("int8", "int4", "int3", "int2", "ternary", *NAMED_GRIDS)
 ACTIVATION_QTYPES = ("int8",)
 ACTIVATION_FIELDS = ("act_qtype", "output_qtype", "kv_qtype")
-INDIVISIBLE = ("error", "keep", "channel")
+INDIVISIBLE = ("error", "keep", "channel", "q8_0", "q4_0")
 
 # Fields of qwix rules that have no meaning here, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -29,6 +29,20 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "channelwise_noise_axes": (((0,), [0]), "gradients stay float"),
     "additional_qt_config": ((None,), "it configures qwix's own products"),
 }
+# What a whole grid given by name settles.
+_GRID_FIELDS = (
+    "tile_size",
+    "weight_calibration_method",
+    "disable_channelwise_axes",
+    "levels",
+    "scale_rule",
+    "scale_factor",
+    "scale_dtype",
+    "scale_bits",
+    "anchor",
+    "round_scale",
+    "rounding",
+)
 # Fields that qwix leaves at None where nothing is asked for.
 _UNSET_IN_QWIX = ("act_static_scale", "act_calibration_method")
 
@@ -43,7 +57,8 @@ class Rule:
     """
 
     module_path: str = ".*"  # regular expression for the whole path, e.g. r"layers/\d+/mlp/.*"
-    weight_qtype: Any = None  # int8 | int4 | int3 | int2 | ternary, or a dtype; None = stay float
+    weight_qtype: Any = None  # int8 | int4 | int3 | int2 | ternary, or a dtype; None = stay float;
+    #                          or a whole grid by name: q4_0 | q8_0 | q6_k, see NAMED_GRIDS
     tile_size: int | float | None = None  # block along the contraction axis; 1/n = n blocks;
     #                                       None or 0 = one scale per channel
     weight_calibration_method: str = "absmax"  # or "absmax,<factor>"
@@ -61,11 +76,13 @@ class Rule:
     scale_rule: str | None = None  # see Grid; None = qwix's, absmax_half
     scale_factor: float = 1.0
     scale_dtype: str = "float32"  # float32 | bfloat16 | float16
-    scale_bits: int | None = None
-    anchor: bool = False
+    scale_bits: int | None = None  # significant bits of the scale
+    anchor: bool = False  # hold the lowest code in every block, see Grid; needs scale_rule "ggml"
+    bf16_safe: bool = False  # refuse a grid with values that bfloat16 rounds
     round_scale: str = "before"  # before | after the codes are chosen
     rounding: str = "even"  # even | up | away
-    indivisible: str = "error"  # a block that does not divide: error | keep (float) | channel
+    # A block that does not divide: error | keep (float) | channel, or another grid: q8_0 | q4_0.
+    indivisible: str = "error"
 
     def __post_init__(self) -> None:
         check_types(self, "")
@@ -100,11 +117,21 @@ class Rule:
         Raises:
             ValueError: the fields do not make a grid.
         """
+        if self.weight_qtype in NAMED_GRIDS:
+            grid = NAMED_GRIDS[self.weight_qtype]
+            own = {key for key in self.to_json() if key in _GRID_FIELDS}
+            if own:
+                raise ValueError(
+                    f"weight_qtype={self.weight_qtype!r} is a whole grid ({grid.describe()}), so "
+                    f"{', '.join(sorted(own))} must be left out; or spell the grid out from "
+                    f"weight_qtype='int{grid.bits}'."
+                )
+            return self._checked(grid)
         scale_rule, factor = self._scale_rule()
         ternary = self.weight_qtype == "ternary"
         if ternary and self.levels not in ("full", "ternary"):
             raise ValueError(f"levels={self.levels!r} does not go with weight_qtype='ternary'.")
-        return Grid(
+        grid = Grid(
             bits=2 if ternary else int(self.weight_qtype[3:]),
             block=self._block(length),
             levels="ternary" if ternary else self.levels,
@@ -115,6 +142,23 @@ class Rule:
             anchor=self.anchor,
             round_scale=self.round_scale,
             rounding=self.rounding,
+        )
+        return self._checked(grid)
+
+    def _checked(self, grid: Grid) -> Grid:
+        """The grid, if it keeps what `bf16_safe` asks for."""
+        if not self.bf16_safe or (grid.bf16_safe and grid.bits < 8):
+            return grid
+        if grid.bits >= 8:
+            raise ValueError(
+                f"bf16_safe=True with {grid.bits}-bit codes ({grid.describe()}): of bfloat16's 8 "
+                "bits they leave 1 to the scale, so no useful grid of theirs is exact in it; use "
+                "4-bit codes or fewer, or keep the values in float32."
+            )
+        limit = grid.exact_scale_bits("bfloat16")
+        raise ValueError(
+            f"bf16_safe=True with {grid.describe()}: bfloat16 rounds values of {grid.bits}-bit "
+            f"codes whose scale has more than {limit} significant bits; set scale_bits={limit}."
         )
 
     def _check_activations(self) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gemmaqat.packed import Order
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.activation_rules import resolve_activations
-from gemmaqat.quantization.grids import LARGEST_BLOCK, SMALLEST_BLOCK, Grid
+from gemmaqat.quantization.grid import LARGEST_BLOCK, NAMED_GRIDS, SMALLEST_BLOCK, Grid
 from gemmaqat.quantization.recipes import recipe
 from gemmaqat.quantization.rule import Rule as Rule
 from gemmaqat.quantization.rule import as_rule as as_rule
@@ -122,12 +122,21 @@ def _grid(
         grid = rule.grid(length)
     except ValueError as error:
         raise ValueError(f"{place} on {path} {shape}: {error}") from None
-    if grid.block <= 0 or length % grid.block == 0:
+    if length % grid.divisor == 0:
         return grid, ""
     if rule.indivisible == "keep":
-        return None, f"kept by rule {number}: block {grid.block} does not divide {length}"
-    if rule.indivisible == "channel":
+        return None, f"kept by rule {number}: block {grid.divisor} does not divide {length}"
+    if rule.indivisible == "channel" and rule.weight_qtype not in NAMED_GRIDS:
         return Rule(**rule.to_json() | {"tile_size": 0}).grid(length), ""
+    other = NAMED_GRIDS.get(rule.indivisible)
+    if other and length % other.divisor == 0:
+        return other, ""
+    if grid.divisor > grid.block:
+        raise ValueError(
+            f"{place}: weight_qtype={rule.weight_qtype!r} needs a multiple of {grid.divisor} along "
+            f"axis {axis} (length {length}) of {path} {shape}; set indivisible='q8_0' or 'q4_0' "
+            "(multiples of 32) or 'keep', or a rule of its own for it."
+        )
     blocks = [
         b for b in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1, SMALLEST_BLOCK) if length % b == 0
     ]

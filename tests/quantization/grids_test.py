@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemmaqat.quantization.grids import (
+from gemmaqat.quantization.grid import (
     CHANNEL,
+    NAMED_GRIDS,
     SCALE_DTYPES,
     SCALE_RULES,
     TENSOR,
     Grid,
-    dequantize,
-    fake_quantize_array,
-    quantize,
 )
+from gemmaqat.quantization.grids import dequantize, fake_quantize_array, quantize
 
 GRIDS = {
     "int8 channel": Grid(bits=8),
@@ -41,11 +40,17 @@ GRIDS = {
     "half-integer": Grid(bits=2, levels="half", scale_rule="mean_abs", scale_factor=1.25),
     "ternary": Grid(bits=2, levels="ternary", scale_rule="mean_abs"),
     "5 significant bits": Grid(bits=4, block=32, scale_bits=5),
+    "anchored": NAMED_GRIDS["q4_0"],
+    "anchored channel int3": Grid(
+        bits=3, scale_rule="ggml", scale_dtype="bfloat16", scale_bits=6, anchor=True
+    ),
+    "anchored tensor int8": Grid(bits=8, block=TENSOR, scale_rule="ggml", anchor=True),
+    "q6_k": NAMED_GRIDS["q6_k"],
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 
 
-def weights(shape=(64, 24), seed=0):
+def weights(shape=(256, 24), seed=0):
     w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     w[..., 1] *= 1e-4
     w[..., 2] *= 1e4
@@ -81,9 +86,11 @@ def test_a_table_gets_the_codes_of_its_transpose(name):
     np.testing.assert_array_equal(matrix.scales, table.scales.T)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "int8 channel", "int4 searched", "int4 tensor"])
+@pytest.mark.parametrize(
+    "name", ["q4_0", "int8 channel", "int4 searched", "int4 tensor", "anchored", "q6_k"]
+)
 def test_experts_are_quantized_one_by_one(name):
-    grid, w = GRIDS[name], weights((3, 64, 24))
+    grid, w = GRIDS[name], weights((3, 256, 24))
     together = quantize(w, grid)
     for e in range(3):
         alone = quantize(w[e], grid)
@@ -110,8 +117,8 @@ def test_gradient_passes_straight_through(grid):
 
 @every_grid
 def test_zero_block_stays_zero(grid):
-    codes = quantize(jnp.zeros((64, 2)), grid)
-    np.testing.assert_array_equal(dequantize(codes.codes, codes.scales, grid), np.zeros((64, 2)))
+    codes = quantize(jnp.zeros((256, 2)), grid)
+    np.testing.assert_array_equal(dequantize(codes.codes, codes.scales, grid), np.zeros((256, 2)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,6 +149,9 @@ IDEMPOTENT = [
     "q8_0 after",
     "int3 channel bf16",
     "5 significant bits",
+    "anchored",
+    "anchored channel int3",
+    "anchored tensor int8",
 ]
 
 
@@ -224,7 +234,7 @@ def test_searched_scale_is_no_worse_than_the_absolute_maximum():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("rule", [r for r in SCALE_RULES if r != "q6_k"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_weight_that_is_not_finite_poisons_its_block_and_no_other(rule, bad, when):
     grid = Grid(bits=4, block=32, scale_rule=rule, scale_dtype="float16", round_scale=when)
@@ -278,7 +288,12 @@ BAD = {
     "rule": (dict(bits=4, scale_rule="median"), "not one of " + ", ".join(SCALE_RULES)),
     "factor": (dict(bits=4, scale_rule="mse", scale_factor=1.5), "takes no scale_factor"),
     "scale bits": (dict(bits=4, scale_bits=0), "scale_bits=0"),
-    "anchor": (dict(bits=4, anchor=True), "anchor=True is not implemented"),
+    "anchor": (dict(bits=4, anchor=True), "needs scale_rule='ggml'"),
+    "anchor after": (
+        dict(bits=4, anchor=True, scale_rule="ggml", round_scale="after"),
+        "round_scale='before', found 'ggml' and 'after'",
+    ),
+    "q6_k": (dict(bits=6, block=32, scale_rule="q6_k"), "write weight_qtype='q6_k'"),
     "dtype": (dict(bits=4, scale_dtype="float8"), "scale_dtype='float8'"),
 }
 

@@ -102,9 +102,8 @@ def test_diff_names_each_parameter_that_differs():
 def test_text_merges_equal_layers_and_names_what_stays_float():
     text = resolve("q4_0", PARAMS).render()
     line = next(line for line in text.splitlines() if line.startswith("layers/*/mlp/up_proj"))
-    assert line.split() == (
-        "layers/*/mlp/up_proj/weight 64x128 2 q4_0 int4 block 32 ggml f16 4/4 2 1,024".split()
-    )
+    grid = "int4 block 32 ggml f16/5b anchored"
+    assert line.split() == f"layers/*/mlp/up_proj/weight 64x128 2 q4_0 {grid} 4/4 2 1,024".split()
     assert "float: kept by rule 0 (router)" in text
     assert "4.500 bits each with scales" in text
     assert len(resolve("q4_0", PARAMS).render(every_layer=True)) > len(text)
