@@ -41,6 +41,11 @@ class ExportOptions:
         allow_rescale: round scales that the format cannot hold.
         allow_requantize: choose new codes where the format cannot hold the grid.
         shard_bytes: largest size of one safetensors file.
+        stacked_layers: orbax: one array per kind of layer instead of one per layer.
+        prefill_lengths: litert: tokens of each prefill signature.
+        cache_length: litert: positions that the key/value cache holds.
+        dynamic_activations: litert: have the runtime quantize float activations to 8 bits as it
+            goes, which is faster and no longer what was evaluated.
     """
 
     float_dtype: str = ""
@@ -52,3 +57,7 @@ class ExportOptions:
     allow_rescale: bool = False
     allow_requantize: bool = False
     shard_bytes: int = 5_000_000_000
+    stacked_layers: bool = False
+    prefill_lengths: tuple[int, ...] = (128,)
+    cache_length: int = 1024
+    dynamic_activations: bool = False
