@@ -23,6 +23,7 @@ from gemmaqat.models.transformer import Gemma4 as Gemma4
 from gemmaqat.models.transformer import Output as Output
 from gemmaqat.packed import PackedTensor as PackedTensor
 from gemmaqat.quantization.activations import prepare as prepare
+from gemmaqat.quantization.calibration import calibrate as calibrate
 from gemmaqat.quantization.convert import convert as convert
 from gemmaqat.quantization.fake import fake_quantize as fake_quantize
 from gemmaqat.quantization.grids import Grid as Grid

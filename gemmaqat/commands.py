@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import tqdm
 from absl import logging
+from flax import nnx
 
 from gemmaqat import config as configs
 from gemmaqat import generation
@@ -33,9 +34,11 @@ from gemmaqat.planning.parameters import abstract_model
 from gemmaqat.planning.report import plan_comparison, plan_training
 from gemmaqat.planning.size import fit, survey
 from gemmaqat.planning.size_report import draw_fits, render, render_fits
+from gemmaqat.quantization.activations import prepare, without_activations
 from gemmaqat.quantization.convert import convert
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.quantization.table import Table
+from gemmaqat.training.calibration import calibrated
 from gemmaqat.training.loop import train as run_training
 from gemmaqat.training.start import LoadedRun, load_run
 from gemmaqat.training.workdir import versions
@@ -102,7 +105,11 @@ def quantize(options: Any) -> None:
             f"{source}: trained for another quantization table than the config's "
             f"({'; '.join(differences[:3])}); leave --config out to use its own."
         )
-    packed = convert(loaded.model, table)
+    model = prepare(loaded.model, table)
+    if table.activations:
+        graphdef, params = nnx.split(model)
+        model = nnx.merge(graphdef, calibrated(graphdef, params, table, experiment))
+    packed = convert(model, table)
     save_packed(packed, output, table=table)
     for name in _COMPANIONS:
         if (source / name).is_file():
@@ -130,7 +137,7 @@ def generate(options: Any) -> None:
     if is_packed_folder(source):
         model = load_packed(source, dtype=options.dtype)
     else:
-        model = _load_float(source, dtype=options.dtype).model
+        model = without_activations(_load_float(source, dtype=options.dtype).model)
     streamed = len(prompts) == 1
     result = generation.generate(
         model,

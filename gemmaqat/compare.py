@@ -31,9 +31,11 @@ from gemmaqat.evaluation.results import (
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
+from gemmaqat.quantization.activations import prepare, without_activations
 from gemmaqat.quantization.rules import Table, resolve
 from gemmaqat.training import checkpoint
 from gemmaqat.training import workdir as workdirs
+from gemmaqat.training.calibration import calibrated
 from gemmaqat.training.loop import fit
 from gemmaqat.training.meter import Progress
 from gemmaqat.training.start import initial_config, initial_model, load_run
@@ -176,11 +178,13 @@ def evaluate(
         model = initial_model(experiment)
     check_vocabulary(make_tokenizer(experiment.data), model.config.vocab_size)
     table = table or _resolve(experiment, recipe, model)
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(model if table is None else prepare(model, table))
     evaluator = Evaluator(graphdef, experiment, references=("float",))
-    references = [evaluator.reference("float", params)]
-    found = {"float": evaluator.score(params, references=references)}
+    as_float = without_activations(params)
+    references = [evaluator.reference("float", as_float)]
+    found = {"float": evaluator.score(as_float, references=references)}
     if table is not None:
+        params = calibrated(graphdef, params, table, experiment)
         found[table.recipe or recipe] = evaluator.score(params, table, references=references)
     for name, scores in found.items():
         scores.save(workdir / FOLDER / name)
@@ -226,7 +230,10 @@ class _Contest:
             seed, settings.base_steps, settings.base_learning_rate, settings.base_warmup_steps
         )
         vocab_size = make_tokenizer(self.experiment.data).vocab_size
-        model = initial_model(base_experiment, vocab_size=vocab_size)
+        model = without_activations(initial_model(base_experiment, vocab_size=vocab_size))
+        # Quantizers of all recipes, off where an arm has none there: one structure, one program.
+        for recipe in settings.recipes:
+            model = prepare(model, self._table(recipe, model))
         graphdef, start = nnx.split(model)
         self.programs = self.programs or make_programs(
             graphdef, base_experiment.train, base_experiment.optimizer
@@ -252,7 +259,10 @@ class _Contest:
             self.evaluator.reference("base", base),
             self.evaluator.reference("continued", continued),
         ]
-        for arm in self._arms(model, base, continued, train):
+        calibrate = lambda params, table: calibrated(  # noqa: E731
+            graphdef, params, table, arm_experiment
+        )
+        for arm in self._arms(model, base, continued, train, calibrate):
             key = (self.size, arm.recipe, arm.name, seed)
             if self._is_judged(key):
                 continue
@@ -261,16 +271,24 @@ class _Contest:
             found.save(arm_folder(self.workdir, *key) / FOLDER)
 
     def _arms(
-        self, model: Gemma4, base: Params, continued: Params, train: Callable[..., Params]
+        self,
+        model: Gemma4,
+        base: Params,
+        continued: Params,
+        train: Callable[..., Params],
+        calibrate: Callable[[Params, Table], Params],
     ) -> Iterator[Arm]:
         yield Arm("float", NO_RECIPE, lambda: base, None)
         yield Arm("continued", NO_RECIPE, lambda: continued, None)
         for recipe in self.experiment.compare.recipes:
-            table = _resolve(self.experiment, recipe, model)
-            yield Arm("ptq", recipe, lambda: base, table)
-            yield Arm("control", recipe, lambda: continued, table)
+            table = self._table(recipe, model)
+            yield Arm("ptq", recipe, lambda: calibrate(base, table), table)  # noqa: B023
+            yield Arm("control", recipe, lambda: calibrate(continued, table), table)  # noqa: B023
             for name in METHODS:
                 yield Arm(name, recipe, lambda: train(recipe, name, table), table)  # noqa: B023
+
+    def _table(self, recipe: str, model: Gemma4) -> Table:
+        return resolve(recipe, model, rules=self.experiment.quantization.rules)
 
     def _fit(
         self,

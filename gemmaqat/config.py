@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from gemmaqat.data.config import SOURCES, DataConfig
 from gemmaqat.models.config import DTYPES, REMAT_POLICIES
 from gemmaqat.models.sizes import SIZES
+from gemmaqat.quantization.rule import check_calibration
 
 METHODS = ("none", "qat", "distill")
 OPTIMIZERS = ("adamw", "adam", "adafactor", "sgd")
@@ -41,6 +42,10 @@ class QuantizationConfig:
 
     recipe: str = "int4_channel"  # a name in gemmaqat/quantization/recipes.py; "none" = float
     rules: tuple[dict[str, Any], ...] = ()  # each the fields of a Rule
+    # Where rules quantize activations:
+    calibration_batches: int = 8  # of the training data, observed to find their scales
+    calibration_method: str = ""  # absmax | percentile,<percent> | mse; "" = as each rule says
+    learn_activation_scales: bool = False  # trained with the weights, or fixed once calibrated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +307,7 @@ def _check(e: Experiment) -> None:
     for where, number, least in (
         ("data.sequence_length", e.data.sequence_length, 2),
         ("data.batch_size", e.data.batch_size, 1),
+        ("quantization.calibration_batches", e.quantization.calibration_batches, 1),
         ("train.num_steps", e.train.num_steps, 1),
         ("train.start_step", e.train.start_step, 0),
         ("train.accumulation_steps", e.train.accumulation_steps, 1),
@@ -344,6 +350,11 @@ def _check(e: Experiment) -> None:
             f"config.train.accumulation_steps: {e.train.accumulation_steps} does not divide "
             f"data.batch_size={e.data.batch_size}; choose a divisor."
         )
+    if e.quantization.calibration_method:
+        try:
+            check_calibration(e.quantization.calibration_method)
+        except ValueError as error:
+            raise ValueError(f"config.quantization.calibration_method: {error}") from None
     if e.data.source == "files" and not e.data.files:
         raise ValueError(
             "config.data.files: empty while data.source='files'; name at least one "

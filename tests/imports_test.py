@@ -21,6 +21,7 @@ ARROWS = {
     "config": {
         "models.config",
         "models.sizes",
+        "quantization.rule",
         "quantization.rules",
         "quantization.recipes",
         "data.config",

@@ -30,6 +30,7 @@ from gemmaqat.evaluation.metrics import TokenMetrics, token_comparison
 from gemmaqat.evaluation.statistics import Sums
 from gemmaqat.packed import PackedTensor
 from gemmaqat.quantization import trees
+from gemmaqat.quantization.activations import without_activations
 from gemmaqat.quantization.convert import convert_params, dequantize_params
 from gemmaqat.quantization.rules import Table
 from gemmaqat.typing import Params
@@ -39,6 +40,7 @@ FOLDER = "evaluation"  # in the work directory of the model
 METRICS, SEQUENCES, ITEMS = "metrics.json", "sequences.jsonl", "items.jsonl"
 TOKEN_SETS = ("answer", "all")
 MAIN = "answer"
+UNCLAMPED = "unclamped_"  # prefix of what a model does without the clamps of its activations
 
 _INPUTS = ("tokens", "targets", "segment_ids", "positions")
 
@@ -46,6 +48,9 @@ _INPUTS = ("tokens", "targets", "segment_ids", "positions")
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What a model did on the hold-out.
+
+    The clamp of quantized activations is part of the model. Where there is one, all numbers are
+    taken once more without it, and their names start with `unclamped_`.
 
     Attributes:
         sequences: columns over the `N` sequences. For each token set (`answer`, `all`):
@@ -198,16 +203,33 @@ class Evaluator:
         """Converts float parameters as the table says, and judges what would be shipped.
 
         Args:
-            params: float master parameters.
+            params: float master parameters; of a prepared model, with the scales of its activations
+                where the table quantizes them.
             table: the resolved quantization; None leaves them in float.
             references: prepared by `reference`, in the order of `reference_names`.
         """
         assert tuple(r.name for r in references) == self.reference_names
         converted = params if table is None else convert_params(params, table)
         weights = _commit(params if table is None else dequantize_params(converted))
-        batches = [*self.holdout, *self.tasks.batches]
+        sequences, matches, metrics = self._judge(weights, references)
+        if table is not None and table.activations:
+            others, _, other_metrics = self._judge(without_activations(weights), references)
+            sequences |= {UNCLAMPED + name: column for name, column in others.items()}
+            metrics |= {UNCLAMPED + name: value for name, value in other_metrics.items()}
+        return Scores(
+            sequences=sequences,
+            items=tuple(item.task for item in self.tasks.items),
+            matches=matches,
+            metrics=metrics | _storage(converted, table),
+            layer_errors={} if table is None else _layer_errors(params, converted),
+        )
+
+    def _judge(
+        self, weights: Params, references: Sequence[Reference]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+        """`Scores.sequences`, `Scores.matches` and their metrics, of weights as they are."""
         found = []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate([*self.holdout, *self.tasks.batches]):
             compared = tuple((r.weights, r.hidden[index]) for r in references)
             found.append(jax.device_get(self._program(weights, compared, _inputs(batch))[0]))
         on_holdout, on_tasks = found[: len(self.holdout)], found[len(self.holdout) :]
@@ -215,15 +237,8 @@ class Evaluator:
         matches = tasks.exact_matches(
             [metrics.correct for metrics in on_tasks], self.tasks.batches, len(self.tasks.items)
         )
-        return Scores(
-            sequences=sequences,
-            items=tuple(item.task for item in self.tasks.items),
-            matches=matches,
-            metrics=_token_means(sequences, self.reference_names)
-            | tasks.accuracies(self.tasks.items, matches)
-            | _storage(converted),
-            layer_errors={} if table is None else _layer_errors(params, converted),
-        )
+        metrics = _token_means(sequences, self.reference_names)
+        return sequences, matches, metrics | tasks.accuracies(self.tasks.items, matches)
 
 
 def _hidden(model: Any, batch: dict[str, Array]) -> Array:
@@ -279,9 +294,17 @@ def _token_means(sequences: dict[str, np.ndarray], references: Sequence[str]) ->
     return metrics
 
 
-def _storage(converted: Params) -> dict[str, float]:
-    """Bytes of all parameters as they are stored, and the same in bits per parameter."""
-    leaves = [leaf for leaf, _ in trees.weights(converted).values()]
+def _storage(converted: Params, table: Table | None) -> dict[str, float]:
+    """Bytes of all parameters as they are stored, and the same in bits per parameter.
+
+    Scales of activations that the table does not quantize stand for nothing that is stored.
+    """
+    used = frozenset() if table is None else table.activation_scales
+    leaves = [
+        leaf
+        for path, (leaf, metadata) in trees.weights(converted).items()
+        if path in used or not trees.is_activation_scale(metadata)
+    ]
     total = sum(leaf.nbytes for leaf in leaves)
     return {"bytes": float(total), "bits_per_weight": 8 * total / sum(leaf.size for leaf in leaves)}
 

@@ -50,6 +50,13 @@ def _change(record: Record) -> str:
     return "" if record["arm"] == "float" else f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _unclamped_change(record: Record) -> str:
+    name = "unclamped_answer_perplexity_change"
+    percent = 100 / record["metrics"]["answer_perplexity"]
+    change, low, high = (percent * x for x in (record["metrics"][name], *record["intervals"][name]))
+    return f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _megabytes(record: Record) -> str:
     size = record["metrics"]["bytes"] / 1e6
     return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
@@ -115,6 +122,29 @@ RECOVERY = (
         "1 - KL of QAT / KL of the control, both to the float model trained on.",
         lambda r: recovery_text(r, "matched_kl_recovery"),
     ),
+)
+CLAMPS = (
+    Column(
+        "ppl, clamps on",
+        "answer perplexity of the model as it is: the clamps of its activations are part of it.",
+        _number("answer_perplexity", ".3f"),
+    ),
+    Column(
+        "ppl, clamps off",
+        "the same weights with float activations: what a runtime computes that drops the clamps.",
+        _number("unclamped_answer_perplexity", ".3f"),
+    ),
+    Column("change by dropping, %", "of the perplexity with clamps.", _unclamped_change),
+    Column(
+        "KL to own, on",
+        "mean KL to the own float model over answer tokens, nats.",
+        _number("answer_kl_to_own", ".4f"),
+    ),
+    Column(
+        "KL to own, off", "the same without clamps.", _number("unclamped_answer_kl_to_own", ".4f")
+    ),
+    Column("tasks, on", "exact match, mean over the tasks.", _number("task_mean", ".1%")),
+    Column("tasks, off", "the same without clamps.", _number("unclamped_task_mean", ".1%")),
 )
 STORAGE = (
     Column(
@@ -215,7 +245,7 @@ def markdown(found: Results) -> str:
             parts += ["", _markdown_row(part.header)]
             parts.append(_markdown_row(["---"] * part.labels + ["--:"] * numbers))
             parts += map(_markdown_row, part.rows)
-    parts += ["", *(f"- **{c.name}**: {c.meaning}" for c in QUALITY + RECOVERY + STORAGE)]
+    parts += ["", *(f"- **{c.name}**: {c.meaning}" for c in _legend(found))]
     parts += ["", INTERVALS, ""]
     parts += [f"Config {found.summary['config_hash'][:16]}; {_versions(found)}.", ""]
     return "\n".join(parts)
@@ -235,7 +265,7 @@ def html(found: Results) -> str:
         name=found.workdir.name,
         findings=findings(found.records),
         groups=_groups(found),
-        legend=QUALITY + RECOVERY + STORAGE,
+        legend=_legend(found),
         intervals=INTERVALS,
         quality=svg(plots.quality_against_bits(found)),
         recovery=svg(plots.recovery_by_size(found)),
@@ -285,11 +315,16 @@ def _groups(found: Results) -> list[_Group]:
 
 
 def _tables(records: Sequence[Record]) -> Iterator[_Table]:
-    """Quality of all arms, recovery of those that can have one, storage of each recipe."""
+    """Quality of all arms, recovery of those that can have one, the clamps of recipes that have
+    some, storage of each recipe.
+    """
     recipe = lambda r: "" if r["recipe"] == NO_RECIPE else r["recipe"]  # noqa: E731
     both = {"recipe": recipe, "arm": lambda r: LABELS[r["arm"]]}
     yield _table(both, QUALITY, records)
     yield _table(both, RECOVERY, [r for r in records if r["arm"] in RECOVERING_ARMS])
+    clamped = [r for r in records if _has_clamps(r)]
+    if clamped:
+        yield _table(both, CLAMPS, clamped)
     alone = {"recipe": lambda r: recipe(r) or "float"}
     yield _table(alone, STORAGE, [r for r in records if r["arm"] in ("float", "ptq")])
 
@@ -308,6 +343,16 @@ def _shown(found: Results) -> list[tuple[str, int]]:
     """Every size with the seed whose pictures stand for the others."""
     first = found.records[0]["seed"]
     return [(size, first) for size in dict.fromkeys(r["size"] for r in found.records)]
+
+
+def _legend(found: Results) -> tuple[Column, ...]:
+    """Every column that is shown."""
+    clamps = CLAMPS if any(map(_has_clamps, found.records)) else ()
+    return QUALITY + RECOVERY + clamps + STORAGE
+
+
+def _has_clamps(record: Record) -> bool:
+    return "unclamped_answer_perplexity" in record["metrics"]
 
 
 def _title(size: str, seed: int | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmaqat.config import Experiment, to_json
-from gemmaqat.evaluation.evaluate import FOLDER, Scores
+from gemmaqat.evaluation.evaluate import FOLDER, UNCLAMPED, Scores
 from gemmaqat.evaluation.statistics import Bootstrap, Interval, Recovery
 from gemmaqat.quantization.table import Table
 
@@ -168,6 +168,8 @@ def make_records(
             "answer_kl_to_own": bootstrap.interval(found.sums(f"kl_to_{OWN_FLOAT[arm]}").mean),
             "answer_perplexity_change": _change(bootstrap, base, found),
         }
+        if f"{UNCLAMPED}answer_perplexity" in found.metrics:
+            intervals |= _without_clamps(bootstrap, found, to=OWN_FLOAT[arm])
         notes = {}
         for name, recovery in _recoveries(bootstrap, scores, key).items():
             if recovery.share is None:
@@ -202,6 +204,20 @@ def _coverage(table: Table) -> dict[str, float]:
 def _change(bootstrap: Bootstrap, base: Scores, found: Scores) -> Interval:
     before, after = base.sums("nll"), found.sums("nll")
     return bootstrap.interval(lambda w: after.perplexity(w) - before.perplexity(w))
+
+
+def _without_clamps(bootstrap: Bootstrap, found: Scores, *, to: str) -> dict[str, Interval]:
+    """What the same weights do with float activations, and the change from the clamped model."""
+    nll = found.sums("nll", tokens=f"{UNCLAMPED}answer")
+    kl = found.sums(f"kl_to_{to}", tokens=f"{UNCLAMPED}answer")
+    clamped = found.sums("nll")
+    return {
+        "unclamped_answer_perplexity": bootstrap.interval(nll.perplexity),
+        "unclamped_answer_kl_to_own": bootstrap.interval(kl.mean),
+        "unclamped_answer_perplexity_change": bootstrap.interval(
+            lambda w: nll.perplexity(w) - clamped.perplexity(w)
+        ),
+    }
 
 
 def _recoveries(

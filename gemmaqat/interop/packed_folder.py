@@ -2,7 +2,8 @@
 
 config.json          the model, in Hugging Face's terms
 quantization.json    the resolved table
-packed.safetensors   `<path>/words` and `<path>/scales` of packed parameters, `<path>` of others
+packed.safetensors   `<path>/words` and `<path>/scales` of packed parameters, `<path>` of others,
+                     scales of activations among them
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, from_arrays, to_arrays
 from gemmaqat.planning.parameters import abstract_model
+from gemmaqat.quantization.activations import activation_scales, prepare
 from gemmaqat.quantization.table import Entry, Table
 
 FORMAT = "gemmaqat-packed"
@@ -34,8 +36,8 @@ def save_packed(model: Any, folder: str | Path, *, table: Table) -> None:
     """Writes a converted `Gemma4` and the table it was converted by.
 
     Raises:
-        ValueError: the folder holds files already, of which none is touched, or the table is not
-            the model's.
+        ValueError: the folder holds files already, of which none is touched, the table is not the
+            model's, or it quantizes activations that have no scales.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -43,10 +45,14 @@ def save_packed(model: Any, folder: str | Path, *, table: Table) -> None:
     arrays: dict[str, Any] = {}
     layouts: dict[str, Any] = {}
     entries = table.by_path
+    off = _unused_scales(model, table)
     for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         path = "/".join(map(str, keys))
         value = variable.get_value()
-        _check_entry(path, value, entries.get(path), where=str(folder))
+        if path in off:
+            continue
+        if path not in table.activation_scales:
+            _check_entry(path, value, entries.get(path), where=str(folder))
         if isinstance(value, PackedTensor):
             parts, layouts[path] = to_arrays(value)
             arrays |= {f"{path}/{name}": part for name, part in parts.items()}
@@ -83,10 +89,10 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
         dtype=jnp.dtype(dtype or "float32").name,
         param_dtype=next((entry.dtype for entry in table.entries), config.param_dtype),
     )
-    graphdef, state = nnx.split(abstract_model(config))
+    graphdef, state = nnx.split(prepare(abstract_model(config), table))
     wanted = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
     entries = table.by_path
-    _check_names(file, layouts, set(wanted), set(entries))
+    _check_names(file, layouts, set(wanted), entries.keys() | table.activation_scales)
     flat: dict[Any, Any] = {}
     for path, (keys, variable) in wanted.items():
         value = _read_value(file, path, layouts.get(path))
@@ -95,9 +101,22 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
                 f"{file.path}: {path!r} has shape {list(value.shape)}, config.json asks for "
                 f"{list(variable.shape)}; they do not belong together."
             )
-        _check_entry(path, value, entries[path], where=str(folder))
+        if path in entries:
+            _check_entry(path, value, entries[path], where=str(folder))
         flat[keys] = variable.replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _unused_scales(model: Any, table: Table) -> set[str]:
+    """Scales of quantizers that the table does not name, after a look at those it does name."""
+    scales = activation_scales(model)
+    used = [float(scales[path]) for path in table.activation_scales if path in scales]
+    if table.activations and not any(used):
+        raise ValueError(
+            f"{table.activations[0].path}: the table quantizes activations, but the model has no "
+            "scales for them; calibrate it before it is converted."
+        )
+    return scales.keys() - table.activation_scales
 
 
 def read_table(folder: Path) -> Table:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from gemmaqat.quantization import trees
-from gemmaqat.quantization.table import SCALE, Table
+from gemmaqat.quantization.table import Table
 from gemmaqat.typing import Params
 
 LOWEST, HIGHEST = -128, 127
@@ -118,23 +118,24 @@ def prepare(model: Model, table: Table) -> Model:
 
 
 def activation_scales(params: Params) -> dict[str, Any]:
-    """Hook path to scale, of a prepared model or its state."""
+    """Parameter path to scale, of a prepared model or its state."""
     return {
-        path.removesuffix(f"/{SCALE}"): value
+        path: value
         for path, (value, metadata) in trees.weights(params).items()
         if trees.is_activation_scale(metadata)
     }
 
 
 def with_scales(params: Params, scales: dict[str, Any]) -> Params:
-    """The same model or state with these scales, by hook path, in the place of its own."""
+    """The same model or state with these scales, by parameter path, in the place of its own."""
+    if not scales:
+        return params
 
     def one(path: str, value: Any) -> Any:
-        hook = path.removesuffix(f"/{SCALE}")
-        if hook == path or hook not in scales:
+        if path not in scales:
             return value
         # Where the old one was: JAX compiles anew for arrays that live elsewhere.
-        return jax.device_put(jnp.asarray(scales[hook], value.dtype), value.sharding)
+        return jax.device_put(jnp.asarray(scales[path], value.dtype), value.sharding)
 
     return trees.map_weights(one, params)
 
@@ -142,6 +143,18 @@ def with_scales(params: Params, scales: dict[str, Any]) -> Params:
 def without_activations(params: Params) -> Params:
     """The same model or state with every scale 0: its activations are float again."""
     return with_scales(params, dict.fromkeys(activation_scales(params), 0.0))
+
+
+def only_activations(model: Model, table: Table | None) -> Model:
+    """The same model with the scales of this table's activations alone; all others are 0."""
+    kept = frozenset() if table is None else table.activation_scales
+    return with_scales(model, {path: 0.0 for path in activation_scales(model) if path not in kept})
+
+
+def freeze_scales(params: Params) -> Params:
+    """The same tree with a gradient of zero at every scale."""
+    frozen = {path: jax.lax.stop_gradient(x) for path, x in activation_scales(params).items()}
+    return trees.map_weights(lambda path, value: frozen.get(path, value), params)
 
 
 def _scale_zero(model: nnx.Module) -> Any:

@@ -32,7 +32,7 @@ from gemmaqat.quantization.activations import (
     without_activations,
 )
 from gemmaqat.quantization.rule import check_calibration
-from gemmaqat.quantization.table import ActivationEntry, Table
+from gemmaqat.quantization.table import SCALE, ActivationEntry, Table
 
 Batch = Any  # keyword arguments of the model by name, or its tokens alone
 
@@ -55,7 +55,7 @@ def calibrate(model: Model, table: Table, batches: Iterable[Batch], *, method: s
         ValueError: no batch, an unknown method, or an activation that is not finite.
     """
     scales = find_scales(model, table, batches, method=method)
-    return with_scales(prepare(model, table), scales)
+    return with_scales(prepare(model, table), {f"{hook}/{SCALE}": s for hook, s in scales.items()})
 
 
 def find_scales(
@@ -160,7 +160,7 @@ def _histograms(
     """Hook path to the counts of all batches together."""
     observers = {entry.path: _Histogram(max(peaks[entry.path])) for entry in entries}
     observed = _observe(model, observers, batches)
-    return {path: np.sum(values, axis=0, dtype=np.int64) for path, values in observed.items()}
+    return {path: np.stack(values).sum(axis=0) for path, values in observed.items()}
 
 
 def _observe(

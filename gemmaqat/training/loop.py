@@ -25,9 +25,11 @@ from gemmaqat import config as configs
 from gemmaqat.config import Experiment
 from gemmaqat.data.loader import holdout, make_loader
 from gemmaqat.data.tokenizer import check_vocabulary
+from gemmaqat.quantization.activations import only_activations, prepare, without_activations
 from gemmaqat.quantization.rules import Table, resolve
 from gemmaqat.training import checkpoint
 from gemmaqat.training import workdir as workdirs
+from gemmaqat.training.calibration import calibrated
 from gemmaqat.training.checkpoint import Checkpoints, Saved
 from gemmaqat.training.distillation import Objective, make_objective
 from gemmaqat.training.meter import Meter, Progress
@@ -88,7 +90,7 @@ def train(
         else None
     )
     return fit(
-        model=model,
+        model=only_activations(model, table),
         table=table,
         method=experiment.train.method,
         experiment=experiment,
@@ -116,12 +118,14 @@ def fit(
     """Trains one arm, or goes on with it; a finished run returns at once.
 
     Args:
-        model: structure, and the start where `initial_params` is not given. Left as it is.
-        table: quantization of the weights; None trains in float.
+        model: structure, and the start where `initial_params` is not given. Left as it is. It
+            must be prepared where `initial_params` is of a table with activations.
+        table: quantization of weights and activations; None trains in float. Activations without
+            a scale are calibrated on the training data at `train.start_step`.
         method: none, qat (both: next-token loss) or distill (KL to `teacher`).
         experiment: sections train, optimizer, checkpoint, data and the seed are used.
         workdir: of this run alone.
-        teacher: float parameters for distill; default: the start.
+        teacher: float parameters for distill; default: the start, its activations in float.
         programs: compiled functions shared with other runs of the same structure.
         progress: makes a progress bar; None logs plain lines.
         initial_params: start from these.
@@ -136,9 +140,10 @@ def fit(
         experiment, train=dataclasses.replace(experiment.train, method=method)
     )
     workdir = Path(workdir)
-    graphdef, start = nnx.split(model)
+    graphdef, start = nnx.split(model if table is None else prepare(model, table))
     start = start if initial_params is None else initial_params
-    teacher = start if teacher is None else teacher
+    if teacher is None and method == "distill":
+        teacher = without_activations(start)
     programs = programs or make_programs(graphdef, experiment.train, experiment.optimizer)
     programs.check(graphdef, experiment.train, experiment.optimizer)
     loader = loader or make_loader(experiment.data, seed=experiment.seed)
@@ -297,8 +302,11 @@ class _Run:
     def _step(self, state: _State, batch: dict[str, np.ndarray]) -> _Dispatched:
         """Dispatches one optimizer step and returns before it is computed."""
         train, optimizer = self.experiment.train, self.experiment.optimizer
+        table = self.table if state.step >= train.start_step else None
+        if table is not None and state.step == train.start_step:
+            state.params = calibrated(self.programs.graphdef, state.params, table, self.experiment)
         quantize = self.programs.quantize_map(
-            self.table if state.step >= train.start_step else None
+            table, learn_scales=self.experiment.quantization.learn_activation_scales
         )
         rate = learning_rate(optimizer, state.step, train.num_steps)
         inputs = {name: batch[name] for name in _INPUTS}
@@ -340,7 +348,10 @@ class _Run:
         meter.update(done.step, float(loss), int(np.sum(done.batch["segment_ids"] > 0)), every)
 
     def _evaluate(self, state: _State, records: Records) -> float:
-        """Hold-out loss of the weights that would be shipped: quantized before start_step, too."""
+        """Hold-out loss of the weights that would be shipped: quantized before start_step, too.
+
+        Until then the activations have no scales and stay float.
+        """
         if self.holdout is None:
             count = self.experiment.train.eval_sequences
             self.holdout = holdout(

@@ -8,11 +8,10 @@ update program.
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from gemmaqat.config import OptimizerConfig
+from gemmaqat.quantization import trees
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -41,8 +40,12 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 def is_decayed(params: Any) -> Any:
-    """True for matrices and tables; norms, scalars and per-channel scales are never decayed."""
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+    """True for matrices; norms, scalars and per-channel scales are never decayed.
+
+    Nor are tables that are only gathered: rows that no batch holds are to stay as they are.
+    """
+    gathered = {path for path, (_, m) in trees.weights(params).items() if m.get("gather_only")}
+    return trees.map_weights(lambda path, leaf: leaf.ndim >= 2 and path not in gathered, params)
 
 
 def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:

@@ -13,6 +13,7 @@ from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sharding import default_sharding
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
+from gemmaqat.quantization.activations import prepare
 from gemmaqat.quantization.rules import Table
 from gemmaqat.training import checkpoint
 from gemmaqat.training.trees import flatten, unflatten
@@ -23,7 +24,8 @@ class LoadedRun:
     """What other commands need of a run.
 
     Attributes:
-        model: with the float master parameters.
+        model: with the float master parameters; prepared, with its scales, where its table
+            quantizes activations.
         table: the resolved quantization; None for a float run.
         step: optimizer steps done.
     """
@@ -89,13 +91,14 @@ def load_run(workdir: str | Path, *, best: bool = False, **precision: Any) -> Lo
 def read_saved(saved: checkpoint.Saved, **precision: Any) -> LoadedRun:
     """Model and table of one checkpoint; arguments as in `load_run`."""
     config = _saved_config(saved, **precision)
-    graphdef, abstract = nnx.split(Gemma4(config, rngs=None))
+    table = None if saved.quantization is None else Table.from_json(saved.quantization)
+    model = Gemma4(config, rngs=None)
+    graphdef, abstract = nnx.split(model if table is None else prepare(model, table))
     names = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default_sharding())
         for name, leaf in flatten(abstract, "params/").items()
     }
     params = unflatten(abstract, saved.arrays(names), "params/")
-    table = None if saved.quantization is None else Table.from_json(saved.quantization)
     return LoadedRun(model=nnx.merge(graphdef, params), table=table, step=saved.step)
 
 

@@ -25,6 +25,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from gemmaqat.config import OptimizerConfig, TrainConfig
+from gemmaqat.quantization import trees
+from gemmaqat.quantization.activations import activation_scales, freeze_scales
 from gemmaqat.quantization.fake import fake_quantize
 from gemmaqat.training import losses
 from gemmaqat.training.optimizer import make_optimizer
@@ -114,13 +116,19 @@ class Programs:
         self.update = jax.jit(functools.partial(_update, transformation), donate_argnums=(0, 1))
         self._maps: dict[str, QuantizeMap] = {}
 
-    def quantize_map(self, table: Any | None) -> QuantizeMap:
-        """The map of one table, compiled once however many runs ask; the identity for None."""
+    def quantize_map(self, table: Any | None, *, learn_scales: bool = False) -> QuantizeMap:
+        """The map of one table, compiled once however many runs ask; the identity for None.
+
+        Without `learn_scales` the gradient stops at the scales of activations.
+        """
         if table is None:
             return IDENTITY
-        key = json.dumps(table.to_json(), sort_keys=True)
+        key = json.dumps([table.to_json(), learn_scales], sort_keys=True)
         if key not in self._maps:
-            quantize = functools.partial(fake_quantize, table=table)
+
+            def quantize(params: Params) -> Params:
+                return fake_quantize(params if learn_scales else freeze_scales(params), table)
+
             self._maps[key] = QuantizeMap(
                 forward=jax.jit(lambda params: jax.vjp(quantize, params)),
                 # Donated: the gradient of the weights becomes that of the parameters in place.
@@ -190,9 +198,15 @@ def _update(
     norm = optax.tree.norm(grads)
     before = _finite(grads)
     direction, state = transformation.update(grads, state, params)
-    params = jax.tree.map(
-        lambda param, step: (param - rate * step).astype(param.dtype), params, direction
-    )
+    steps, scales = trees.weights(direction), activation_scales(params)
+
+    def move(path: str, param: Array) -> Array:
+        step = rate * steps[path][0]
+        # A scale moves by a factor: it stays positive, and large and small ones learn alike.
+        moved = param * jnp.exp(-step) if path in scales else param - step
+        return moved.astype(param.dtype)
+
+    params = trees.map_weights(move, params)
     # All that a checkpoint holds: a finite gradient may still overflow an update or a moment.
     finite = jnp.append(before & _finite(params), _finite(state).all())
     return params, state, UpdateStatus(gradient_norm=norm, finite=finite)

@@ -113,7 +113,7 @@ def test_prepare_fills_the_hook_points_and_these_alone(model, table):
     expected |= {f"layers/{i}/{path}" for i in range(2) for path in OF_OWNERS}
     expected |= {f"per_layer_model_projection/{side}" for side in ("input", "output")}
     scales = activation_scales(prepared)
-    assert set(scales) == expected
+    assert set(scales) == {f"{path}/scale" for path in expected}
     assert all(v.shape == () and v.dtype == jnp.float32 and v == 0 for v in scales.values())
     assert not activation_scales(model)  # left as it was
     assert isinstance(prepared.layers[0].self_attn.input, StaticQuantizer)
@@ -135,9 +135,9 @@ def test_each_hook_matters_and_without_activations_turns_them_off(model, table):
 
 
 def test_prepare_again_keeps_scales_and_resolves_alike(model, table):
-    on = with_scales(prepare(model, table), {"layers/0/mlp/input": 0.1})
+    on = with_scales(prepare(model, table), {"layers/0/mlp/input/scale": 0.1})
     again = prepare(on, resolve("mobile_e2b_mini", on))
-    assert activation_scales(again)["layers/0/mlp/input"] == np.float32(0.1)
+    assert activation_scales(again)["layers/0/mlp/input/scale"] == np.float32(0.1)
     assert nnx.split(again)[0] == nnx.split(on)[0]
     assert resolve("mobile_e2b_mini", on) == table
 
@@ -149,10 +149,10 @@ def test_an_abstract_model_is_prepared_without_storage(table):
 
 
 def test_weights_are_quantized_alike_with_and_without_scales_in_the_tree(model, table):
-    prepared = with_scales(prepare(model, table), {"layers/0/mlp/input": 0.1})
+    prepared = with_scales(prepare(model, table), {"layers/0/mlp/input/scale": 0.1})
     plain, other = fake_quantize(model, table), resolve("int4_channel", model)
     for tree in (fake_quantize(prepared, table), convert(prepared, table)):
-        assert activation_scales(tree)["layers/0/mlp/input"] == np.float32(0.1)
+        assert activation_scales(tree)["layers/0/mlp/input/scale"] == np.float32(0.1)
     np.testing.assert_array_equal(
         fake_quantize(prepared, table).layers[3].mlp.up_proj.weight.get_value(),
         plain.layers[3].mlp.up_proj.weight.get_value(),
