@@ -25,14 +25,22 @@ _UNROLLED = 64
 
 def encode(blocks: Array, scale: Array, grid: Grid) -> Array:
     """Integer codes, as float32."""
-    inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+    return _codes(blocks, _reciprocal(scale), grid)
+
+
+def _reciprocal(scale: Array) -> Array:
+    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+
+
+def _codes(blocks: Array, inverse: Array, grid: Grid) -> Array:
+    scaled = blocks * inverse
+    if grid.levels != "half" and grid.rounding == "even":
+        return jnp.clip(jnp.round(scaled), grid.lowest, grid.highest)
     # One beyond the range on either side: far enough to change no code, and a barrier between
     # the product and the sums below.
-    scaled = jnp.clip(blocks * inverse, grid.lowest - 1, grid.highest + 1)
+    scaled = jnp.clip(scaled, grid.lowest - 1, grid.highest + 1)
     if grid.levels == "half":
         codes = jnp.floor(scaled)
-    elif grid.rounding == "even":
-        codes = jnp.round(scaled)
     elif grid.rounding == "up":
         # ggml: truncate(x + 8.5) of a number that is not negative, minus 8.
         codes = jnp.floor(scaled + (0.5 - grid.lowest)) + grid.lowest
@@ -71,9 +79,12 @@ def round_scale(scale: Array, grid: Grid) -> Array:
 
 def squared_error(blocks: Array, scale: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
     """Squared error of each block under a scale, bounded to the finite."""
+    inverse = _reciprocal(scale)
 
     def error(part: Array) -> Array:
-        value = jnp.clip(level(encode(part, scale, grid), grid) * scale, -HUGE, HUGE)
+        value = level(_codes(part, inverse, grid), grid) * scale
+        if grid.stored_scale_bits > grid.exact_scale_bits("float32"):  # an exact product is safe
+            value = jnp.clip(value, -HUGE, HUGE)
         return jnp.minimum(jnp.square(part - value), HUGE)
 
     if len(axes) > 1 or blocks.shape[axes[0]] > _UNROLLED:

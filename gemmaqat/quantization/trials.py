@@ -12,10 +12,9 @@ from jaxtyping import Array
 from gemmaqat.quantization.grid import LARGEST_BLOCK, SUPERBLOCK, Grid
 from gemmaqat.quantization.rounding import TINY, encode, squared_error
 
-# Trial places around the nearest, which wins a tie. In turns of a loop: what a loop gives is
-# computed once, where XLA would repeat a search for every code.
-_ANCHORED = np.array([[0, -1, 1], [0, -2, 2]], np.int32)
-_SUPERBLOCK = np.array([[0, -1, 1], [-2, 2, -3], [3, -4, 4]], np.int32)
+# Trial places around the nearest, which comes first and so wins a tie.
+_ANCHORED = np.array([0, -1, 1, -2, 2], np.int32)
+_SUPERBLOCK = np.array([0, -1, 1, -2, 2, -3, 3, -4, 4], np.int32)
 # Blocks of a row that are searched side by side, the width of a vector register or two.
 _LANES = 16
 
@@ -83,16 +82,16 @@ def _best(
     """The eligible candidate of least error, block by block; zero where none is eligible."""
     start = candidate(jnp.int32(0))[0]
 
-    def turn(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        for offset in jnp.asarray(offsets)[i]:
-            scale, eligible = candidate(offset)
-            error = squared_error(blocks, scale, grid, axes)
-            better = eligible & (error < best[0])
-            best = jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
-        return best
+    def trial(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        scale, eligible = candidate(jnp.asarray(offsets)[i])
+        error = squared_error(blocks, scale, grid, axes)
+        better = eligible & (error < best[0])
+        return jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
 
+    # A loop and no list of trials: what a loop gives is computed once, where XLA would repeat the
+    # search for every code of the block.
     worst = (jnp.full_like(start, jnp.inf), jnp.zeros_like(start))
-    return jax.lax.fori_loop(0, len(offsets), turn, worst)[1]
+    return jax.lax.fori_loop(0, len(offsets), trial, worst)[1]
 
 
 def _places_first(blocks: Array) -> Array:
