@@ -90,6 +90,12 @@ class SafetensorsWriter:
         file.write(view)
         self._places[name] = (file, position + view.nbytes, end)
 
+    def skip(self, name: str) -> None:
+        """Leaves the rest of a tensor as a hole: it reads as zeros and takes no disk."""
+        file, _, end = self._places[name]
+        file.truncate(max(end, os.fstat(file.fileno()).st_size))
+        self._places[name] = (file, end, end)
+
     def __enter__(self) -> "SafetensorsWriter":
         return self
 
