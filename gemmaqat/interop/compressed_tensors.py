@@ -10,7 +10,6 @@ that quantizer. What the format has no place for (key/value caches) goes to the 
 """
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from gemmaqat.interop.hf_folder import (
     Layout,
     Progress,
     carried_linears,
+    grids_metadata,
     keep_float,
     layout_of,
     scalar,
@@ -38,17 +38,7 @@ from gemmaqat.quantization.grids import Grid
 
 QUANT_METHOD = "compressed-tensors"
 PACKED, PLAIN, MIXED, DENSE = "pack-quantized", "int-quantized", "mixed-precision", "dense"
-# Header metadata: the grids of quantized parameters, which say more than bits and groups.
-GRIDS_KEY = "gemmaqat.grids"
 TABLES = ("embed_tokens/weight", "embed_tokens_per_layer/weight")
-
-# Modules of the unified 12B whose tensors have other names than transformers' modules.
-_RENAMED = {
-    "model.vision_embedder.": "model.embed_vision.",
-    "model.embed_vision.embedding_projection": (
-        "model.embed_vision.multimodal_embedder.embedding_projection"
-    ),
-}
 
 
 class Scheme(NamedTuple):
@@ -103,8 +93,7 @@ class _Plan:
     jobs: list[Job] = dataclasses.field(default_factory=list)
     schemes: dict[str, Scheme] = dataclasses.field(default_factory=dict)  # by module
     ignored: list[str] = dataclasses.field(default_factory=list)
-    grids: dict[str, int] = dataclasses.field(default_factory=dict)  # path: number of its grid
-    known_grids: list[Grid] = dataclasses.field(default_factory=list)
+    grids: dict[str, Grid] = dataclasses.field(default_factory=dict)  # by parameter
 
 
 def write_compressed_tensors(
@@ -136,14 +125,10 @@ def write_compressed_tensors(
     for tensor in shipment.tensors.values():
         if tensor.path not in shipment.table.activation_scales:
             _plan_tensor(plan, tensor)
-    linears = carried_linears(layout)
-    plan.ignored += [*linears, *(other for name in linears for other in _renamed(name))]
+    plan.ignored += carried_linears(layout)
     layout.config["quantization_config"] = _quantization_config(plan)
-    grids = [dataclasses.asdict(grid) for grid in plan.known_grids]
     left = {hook: scale for hook, scale in scales.items() if hook not in plan.clamped}
-    metadata = activation_scales.metadata_of(left) | {
-        GRIDS_KEY: json.dumps({"grids": grids, "parameters": plan.grids})
-    }
+    metadata = activation_scales.metadata_of(left) | grids_metadata(plan.grids)
     written = write_folder(shipment, folder, layout, plan.jobs, options, metadata=metadata)
     return written + [activation_scales.written(h, scale, h in left) for h, scale in scales.items()]
 
@@ -199,7 +184,7 @@ def _plan_experts(plan: _Plan, tensor: ShippedTensor) -> None:
     parts = [f"{stack}.{expert}.{name}" for expert in range(experts) for name in leaves]
     scheme = _scheme(tensor.grid, (False, False))
     plan.schemes |= dict.fromkeys(parts, scheme)
-    _remember(plan, tensor)
+    plan.grids[tensor.path] = tensor.grid
     declared = [d for part in parts for d in _declared(tensor, part, rows, scheme)]
 
     def run(writer: SafetensorsWriter) -> Written:
@@ -218,7 +203,7 @@ def _pack(
     assert tensor.grid is not None
     scheme = _scheme(tensor.grid, clamps)
     plan.schemes |= dict.fromkeys(modules, scheme)
-    _remember(plan, tensor)
+    plan.grids[tensor.path] = tensor.grid
     rows = tensor.num_rows
     declared = [d for module in modules for d in _declared(tensor, module, rows, scheme)]
 
@@ -243,14 +228,6 @@ def _clamps(plan: _Plan, tensor: ShippedTensor, module: str) -> tuple[bool, bool
             plan.clamped.add(hook)
             plan.jobs.append(scalar(f"{module}.{name}", scale, shape=(1,)))
     return found[0], found[1]
-
-
-def _remember(plan: _Plan, tensor: ShippedTensor) -> None:
-    """Notes the grid of a parameter for the metadata."""
-    assert tensor.grid is not None
-    if tensor.grid not in plan.known_grids:
-        plan.known_grids.append(tensor.grid)
-    plan.grids[tensor.path] = plan.known_grids.index(tensor.grid)
 
 
 def _scheme(grid: Grid, clamps: tuple[bool, bool]) -> Scheme:
@@ -350,10 +327,3 @@ def _quantization_config(plan: _Plan) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": plan.ignored,
     }
-
-
-def _renamed(module: str) -> list[str]:
-    """Another name under which a reader may know a carried module."""
-    return [
-        new + module.removeprefix(old) for old, new in _RENAMED.items() if module.startswith(old)
-    ]

@@ -14,14 +14,18 @@ import numpy as np
 from gemmaqat.interop import activation_scales, hf
 from gemmaqat.interop.bit_packing import unpack_rows
 from gemmaqat.interop.compressed_tensors import (
-    GRIDS_KEY,
     PACKED,
     PLAIN,
     QUANT_METHOD,
     TABLES,
     num_words,
 )
-from gemmaqat.interop.quantized_folder import QuantizedFolder, object_metadata, parse_grid
+from gemmaqat.interop.quantized_folder import (
+    QuantizedFolder,
+    contradiction,
+    known_grids,
+    parse_grid,
+)
 from gemmaqat.interop.safetensors_file import DTYPES, SafetensorsFile
 from gemmaqat.interop.shipment import Piece, Shipment
 from gemmaqat.interop.source import by_matrix
@@ -56,7 +60,7 @@ def read_compressed_tensors(path: Path) -> Shipment:
     """
     folder = QuantizedFolder(Path(path), QUANT_METHOD)
     groups = _groups(folder)
-    known = _known_grids(folder)
+    known = known_grids(folder)
     for parameter, shape in folder.parameters.items():
         module = folder.module(parameter)
         if ".experts." in module:
@@ -92,24 +96,21 @@ def _quantize(
     if any(w.group != first.group or w.scale_dtype != first.scale_dtype for w in weights):
         raise ValueError(f"{folder.folder}: {parameter}: its experts are of different grids.")
     where = f"{folder.folder}: {parameter}"
-    fields = known.get(parameter) or _default_grid(first)
-    grid = parse_grid(
-        fields,
-        bits=first.group.bits,
-        block=first.group.size,
-        scale_dtype=first.scale_dtype,
-        where=where,
-    )
+    grid = parse_grid(known.get(parameter) or _default_grid(first), where)
+    expected = (first.group.bits, first.group.size, first.scale_dtype)
+    if (grid.bits, max(grid.block, 0), grid.scale_dtype) != expected:
+        found = f"{expected[0]} bits, blocks of {expected[1] or 'a row'} and {expected[2]} scales"
+        raise contradiction(where, grid, found)
 
     def read(start: int, stop: int) -> Piece:
-        found: dict[tuple[int, int, int], Piece] = {}
+        parts: dict[tuple[int, int, int], Piece] = {}
 
         def cut(field: int) -> Callable[[int, int, int], np.ndarray]:
             def of_one(number: int, begin: int, end: int) -> np.ndarray:
                 key = (number, begin, end)
-                if key not in found:
-                    found[key] = weights[number].read(begin, end)
-                return found[key][field]
+                if key not in parts:
+                    parts[key] = weights[number].read(begin, end)
+                return parts[key][field]
 
             return of_one
 
@@ -225,19 +226,6 @@ def _default_grid(weight: _Weight) -> dict[str, Any]:
         "scale_rule": "absmax_half",
         "scale_dtype": weight.scale_dtype,
     }
-
-
-def _known_grids(folder: QuantizedFolder) -> dict[str, Any]:
-    """The fields of the grids in the metadata, by parameter."""
-    where = str(folder.folder)
-    found = object_metadata(folder.metadata, GRIDS_KEY, where)
-    try:
-        grids = list(found.get("grids", []))
-        return {str(path): grids[number] for path, number in found.get("parameters", {}).items()}
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError(
-            f"{where}: the header's {GRIDS_KEY!r} is damaged; restore it from a copy."
-        ) from None
 
 
 def _groups(folder: QuantizedFolder) -> list[_Group]:

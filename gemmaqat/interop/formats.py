@@ -40,7 +40,7 @@ FORMATS = {
         "vLLM, transformers",
     ),
     "gemma-mobile": Format(
-        "gemma_mobile:write_gemma_mobile", "gemma_mobile:read_gemma_mobile", "transformers"
+        "gemma_mobile:write_gemma_mobile", "gemma_mobile_reader:read_gemma_mobile", "transformers"
     ),
     "litert": Format("litert:write_litert", "litert:read_litert", "phones"),
     "orbax": Format("orbax_gemma:write_orbax", "orbax_gemma:read_orbax", "google-deepmind/gemma"),

@@ -20,9 +20,19 @@ from gemmaqat.interop.options import ExportOptions, Kind, Written
 from gemmaqat.interop.safetensors_writer import Declared, SafetensorsWriter, dtype_name
 from gemmaqat.interop.shipment import CarriedTensor, Shipment, ShippedTensor
 from gemmaqat.interop.source import PIECE_BYTES, pieces, values
+from gemmaqat.quantization.grid import Grid
 
 Progress = Callable[[int], None]  # told the number of weights just written
 
+GRIDS_KEY = "gemmaqat.grids"  # in the header of files
+
+# Modules of the unified 12B whose tensors have other names than transformers' modules.
+_RENAMED = {
+    "model.vision_embedder.": "model.embed_vision.",
+    "model.embed_vision.embedding_projection": (
+        "model.embed_vision.multimodal_embedder.embedding_projection"
+    ),
+}
 _CAUSAL = {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 
 
@@ -176,7 +186,7 @@ def scalar(name: str, value: float, *, shape: tuple[int, ...] = ()) -> Job:
 
 def carried_linears(layout: Layout) -> list[str]:
     """Modules among the carried float tensors that a reader may take for quantized linears."""
-    return [
+    modules = [
         name.removesuffix(".weight")
         for name, tensor in layout.carried.items()
         if name.endswith(".weight")
@@ -184,6 +194,20 @@ def carried_linears(layout: Layout) -> list[str]:
         and tensor.dtype in hf.FLOATS
         and not name.startswith(f"{layout.prefix}layers.")  # unused keys and values
     ]
+    return modules + [
+        new + module.removeprefix(old)
+        for module in modules
+        for old, new in _RENAMED.items()
+        if module.startswith(old)
+    ]
+
+
+def grids_metadata(grids: Mapping[str, Grid]) -> dict[str, str]:
+    """The grids of parameters, which say more than bits and blocks; readers find them again."""
+    known = list(dict.fromkeys(grids.values()))
+    fields = [dataclasses.asdict(grid) for grid in known]
+    numbers = {path: known.index(grid) for path, grid in grids.items()}
+    return {GRIDS_KEY: json.dumps({"grids": fields, "parameters": numbers})}
 
 
 def without_foreign(layout: Layout, quant_method: str) -> Layout:

@@ -6,7 +6,7 @@ taken, values when they are read. What nobody took is carried, where it is known
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from gemmaqat.interop import hf
 from gemmaqat.interop.activation_scales import ActivationScales, from_metadata
+from gemmaqat.interop.hf_folder import GRIDS_KEY
 from gemmaqat.interop.safetensors_file import SafetensorsFile, SafetensorsFolder
 from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import companions, of_carried, of_file
@@ -214,37 +215,37 @@ class QuantizedFolder:
         return section
 
 
-def parse_grid(fields: Any, *, bits: int, block: int, scale_dtype: str, where: str) -> Grid:
-    """A grid of a file's metadata, which must be the one that its tensors are of.
+def known_grids(folder: QuantizedFolder) -> dict[str, Any]:
+    """The fields of the grids in the metadata, by parameter; nothing is known of them yet.
 
     Raises:
-        ValueError: the fields make no grid, or another one.
+        ValueError: the metadata is damaged.
     """
     try:
-        grid = Grid(**fields)
+        found = json.loads(folder.metadata.get(GRIDS_KEY, "{}"))
+        grids = list(found.get("grids", []))
+        return {str(path): grids[number] for path, number in found.get("parameters", {}).items()}
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder.folder}: the header's {GRIDS_KEY!r} is damaged; restore it from a copy."
+        ) from None
+
+
+def parse_grid(fields: Any, where: str) -> Grid:
+    """A grid from its fields.
+
+    Raises:
+        ValueError: they make none.
+    """
+    try:
+        return Grid(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: no grid that this library has ({error})") from None
-    found = (grid.bits, max(grid.block, 0), grid.scale_dtype)
-    if found != (bits, block, scale_dtype):
-        raise ValueError(
-            f"{where}: the header says {grid.describe()}, the tensors have {bits} bits, blocks of "
-            f"{block or 'a row'} and {scale_dtype} scales; they do not belong together."
-        )
-    return grid
 
 
-def object_metadata(metadata: Mapping[str, str], key: str, where: str) -> dict[str, Any]:
-    """A JSON object in a file's metadata; empty where there is none.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        found = json.loads(metadata.get(key, "{}"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{where}: the header's {key!r} is no JSON object; restore it from a copy."
-        )
-    return found
+def contradiction(where: str, grid: Grid, found: str) -> ValueError:
+    """The error of a header that describes another grid than the tensors have."""
+    return ValueError(
+        f"{where}: the header says {grid.describe()}, the tensors have {found}; they do not belong "
+        "together."
+    )
