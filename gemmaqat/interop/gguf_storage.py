@@ -238,7 +238,7 @@ def _q6_k(tensor: ShippedTensor, options: ExportOptions) -> Storage:
                 "Q8_0 (tables='q4_0'), give it a rule with weight_qtype='q6_k', or allow "
                 "requantizing (allow_requantize)."
             )
-        return Encoded(_quantize(values(tensor, piece), TYPES["Q6_K"]), "requantized")
+        return Encoded(quantize_rows(values(tensor, piece), TYPES["Q6_K"]), "requantized")
 
     return Storage(tensor, TYPES["Q6_K"], encode)
 
@@ -249,12 +249,12 @@ def _requantized(tensor: ShippedTensor, kind: BlockType, note: str = "") -> Stor
         return _floats(tensor, kind, note)
 
     def encode(piece: Any) -> Encoded:
-        return Encoded(_quantize(values(tensor, piece), kind), "requantized")
+        return Encoded(quantize_rows(values(tensor, piece), kind), "requantized")
 
     return Storage(tensor, kind, encode, note)
 
 
-def _quantize(rows: np.ndarray, kind: BlockType) -> np.ndarray:
+def quantize_rows(rows: np.ndarray, kind: BlockType) -> np.ndarray:
     """Float rows to blocks, by the grid of the recipe of that name."""
     name = {"Q4_0": "q4_0", "Q8_0": "q8_0_ggml", "Q6_K": "q6_k"}[kind.name]
     grid = recipe(name)[-1].grid(rows.shape[1])
