@@ -15,6 +15,8 @@ from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor
+from gemmaqat.quantization.activations import activation_scales, prepare
+from gemmaqat.quantization.calibration import calibrate
 from gemmaqat.quantization.convert import convert, dequantize_params
 from gemmaqat.quantization.rules import resolve
 
@@ -211,3 +213,52 @@ def test_written_safetensors_are_read_by_the_safetensors_package(tmp_path):
     for name, value in arrays.items():
         np.testing.assert_array_equal(loaded[name], np.asarray(value))
     assert SafetensorsFile(Path(tmp_path / "x.safetensors")).metadata == {"k": "v"}
+
+
+@pytest.fixture(scope="module")
+def clamped():
+    """A converted model with quantized activations, and its table."""
+    model = Gemma4(small_config(), rngs=nnx.Rngs(0))
+    table = resolve("mobile_e2b_mini", model)
+    batches = [jnp.arange(24, dtype=jnp.int32).reshape(2, 12)]
+    return table, convert(calibrate(model, table, batches), table)
+
+
+def test_activation_scales_come_back_and_clamp(clamped, tmp_path):
+    table, packed = clamped
+    save_packed(packed, tmp_path / "packed", table=table)
+    loaded = load_packed(tmp_path / "packed")
+    expected = {path: float(scale) for path, scale in activation_scales(packed).items()}
+    assert {path: float(s) for path, s in activation_scales(loaded).items()} == expected
+    assert min(expected.values()) > 0
+    tokens = jnp.arange(20, dtype=jnp.int32).reshape(1, 20)
+    np.testing.assert_array_equal(loaded(tokens).logits, packed(tokens).logits)
+
+
+def test_quantizers_that_the_table_does_not_name_are_left_out(tmp_path):
+    model = Gemma4(small_config(), rngs=nnx.Rngs(0))
+    table = resolve("int4_channel", model)
+    prepared = prepare(model, resolve("mobile_e2b_mini", model))
+    save_packed(convert(prepared, table), tmp_path / "packed", table=table)
+    assert not activation_scales(load_packed(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_activations_without_scales_are_refused(prepared, tmp_path):
+    model = Gemma4(small_config(), rngs=nnx.Rngs(0))
+    table = resolve("mobile_e2b_mini", model)
+    model = convert(prepare(model, table) if prepared else model, table)
+    with pytest.raises(ValueError, match="no scales for them; calibrate it"):
+        save_packed(model, tmp_path / "packed", table=table)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_lost_scale_is_missed(clamped, tmp_path):
+    table, packed = clamped
+    save_packed(packed, tmp_path / "packed", table=table)
+    file = SafetensorsFile(tmp_path / "packed" / "packed.safetensors")
+    arrays = {name: np.array(file.array(name)) for name in file.tensors}
+    del arrays["layers/0/mlp/input/scale"]
+    write_safetensors(file.path, arrays, metadata=dict(file.metadata))
+    with pytest.raises(ValueError, match="'layers/0/mlp/input/scale' is missing"):
+        load_packed(tmp_path / "packed")

@@ -1,9 +1,17 @@
 """The mobile recipes, tensor by tensor, against the bit table of the released checkpoints."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from gemmaqat.models.sizes import model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.packed import PackedTensor
 from gemmaqat.planning.parameters import abstract_model
+from gemmaqat.quantization.convert import convert
+from gemmaqat.quantization.fake import fake_quantize
 from gemmaqat.quantization.rules import resolve
 
 # Layers, the first that shares its keys, bits of the MLPs from there on, bits of the PLE table.
@@ -69,3 +77,34 @@ def test_every_linear_has_both_activations_and_the_head_none(size):
     assert all(e.qtype == "int8" and e.static for e in table.activations)
     constants = {e.path.rpartition("/")[2]: e.constant for e in table.activations}
     assert constants.pop("v") == 6 / 127 and set(constants.values()) == {None}
+
+
+@pytest.fixture(scope="module")
+def converted():
+    model = Gemma4(model_config("e2b_mini", vocab_size=1_024), rngs=nnx.Rngs(0))
+    table = resolve("mobile_e2b_mini", model)
+    return fake_quantize(model, table), convert(model, table)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "embed_tokens_per_layer"])
+def test_a_gather_decodes_only_the_rows_it_reads(converted, name):
+    quantized, packed = (getattr(model, name) for model in converted)
+    assert isinstance(packed.weight.get_value(), PackedTensor)
+    ids = jnp.asarray([[3, 1_023, 3], [0, 7, 511]], jnp.int32)
+    read = lambda ids: packed(ids, scale=1.5, dtype="float32")  # noqa: E731
+    expected = quantized(ids, scale=1.5, dtype="float32")
+    np.testing.assert_array_equal(read(ids), expected)
+    largest = max(_floats_made(jax.make_jaxpr(read)(ids).jaxpr))
+    assert largest <= 2 * expected.size < packed.weight.get_value().size / 50
+
+
+def _floats_made(jaxpr):
+    """The size of every float array that a program computes; its inputs are not counted."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            if jnp.issubdtype(variable.aval.dtype, jnp.floating):
+                yield variable.aval.size
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _floats_made(inner)
