@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from gemmaqat.data.config import SOURCES, DataConfig
 from gemmaqat.models.config import DTYPES, REMAT_POLICIES
+from gemmaqat.models.kv_codes import KV_QUANTIZATIONS
 from gemmaqat.models.sizes import SIZES
+from gemmaqat.quantization.recipes import RECIPES
 from gemmaqat.quantization.rule import check_calibration
 
 METHODS = ("none", "qat", "distill")
@@ -97,6 +99,8 @@ class EvaluationConfig:
     items_per_task: int = 64  # exact-match items of each generated task; 0 = none
     chunk_tokens: int = 0  # positions whose logits exist at once; 0 = all
     bootstrap_samples: int = 2_000  # for intervals
+    # Kinds of key/value cache to measure perplexity by position with: static | int8 | int4.
+    kv_caches: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,14 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `gemmaqat export` makes of the trained model, unless its flags say otherwise."""
+
+    format: str = ""  # hf | gguf | compressed-tensors | gemma-mobile | litert | orbax
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ExportOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A whole config after `parse`: immutable and checked."""
 
@@ -127,6 +139,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compare: CompareConfig = CompareConfig()
+    export: ExportConfig = ExportConfig()
 
 
 def base(size: str = "e2b_mini") -> ConfigDict:
@@ -153,10 +166,15 @@ def base(size: str = "e2b_mini") -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    """Shrinks any experiment to seconds on a CPU, with the same recipe, rules and method."""
+    """Shrinks any experiment to seconds on a CPU, with the same recipe, rules and method.
+
+    A recipe of one size becomes that of its miniature.
+    """
     config = ConfigDict(config)
     mini = lambda name: name if name.endswith("_mini") else f"{name}_mini"  # noqa: E731
     config.model.update(name=mini(config.model.name), checkpoint="", dtype="float32", remat="none")
+    if f"{config.quantization.recipe}_mini" in RECIPES:
+        config.quantization.recipe += "_mini"
     config.data = ConfigDict(dataclasses.asdict(DataConfig(sequence_length=64, batch_size=4)))
     config.train.update(
         num_steps=2, start_step=min(config.train.start_step, 1), accumulation_steps=1, log_every=1,
@@ -298,6 +316,7 @@ def _check(e: Experiment) -> None:
         ("optimizer.name", e.optimizer.name, OPTIMIZERS),
         ("optimizer.schedule", e.optimizer.schedule, SCHEDULES),
         ("optimizer.state_dtype", e.optimizer.state_dtype, DTYPES),
+        *((f"evaluation.kv_caches[{i}]", s, KV_QUANTIZATIONS) for i, s in enumerate(e.evaluation.kv_caches)),
         *((f"compare.sizes[{i}]", s, SIZES) for i, s in enumerate(e.compare.sizes)),
     ):
         if value not in known:
