@@ -27,7 +27,7 @@ def anchored(blocks: Array, grid: Grid, axes: tuple[int, ...]) -> Array:
     such is among the five. Of two extremes alike but for the sign the negative one is held.
     """
     if axes == (-1,) and blocks.shape[-1] <= LARGEST_BLOCK:
-        places = _places_first(blocks)
+        places = places_first(blocks)
         return anchored(places, grid, (-2,)).reshape(*blocks.shape[:-1], 1)
     extreme = _extreme(blocks, axes)
     exact = jnp.abs(extreme) / -grid.lowest  # a power of two
@@ -58,7 +58,7 @@ def superblock(blocks: Array, grid: Grid, axis: int) -> Array:
     nearest = jnp.round(exact / jnp.where(d == 0, 1.0, d))
     d, nearest = (jnp.expand_dims(a.reshape(shape), place) for a in (d, nearest))
     if axis == -1:
-        blocks, one = _places_first(blocks), blocks.shape[:-1]
+        blocks, one = places_first(blocks), blocks.shape[:-1]
         lanes = (len(blocks), 1, blocks.shape[-1])
         d, nearest = d.reshape(lanes), nearest.reshape(lanes)
 
@@ -70,6 +70,13 @@ def superblock(blocks: Array, grid: Grid, axis: int) -> Array:
     # One value that is not finite spoils all the blocks that share its `d`.
     scale = jnp.where(jnp.isfinite(d), scale, jnp.nan)
     return scale.reshape(*one, 1) if axis == -1 else scale
+
+
+def places_first(blocks: Array) -> Array:
+    """`[..., P]` as groups `[G, P, lanes]`, so that neighbours in memory are worked on at once."""
+    lanes = math.gcd(math.prod(blocks.shape[:-1]), _LANES)
+    groups = blocks.reshape(-1, lanes, blocks.shape[-1]).transpose(0, 2, 1)
+    return with_layout_constraint(groups, Layout((0, 1, 2)))
 
 
 def _best(
@@ -92,13 +99,6 @@ def _best(
     # search for every code of the block.
     worst = (jnp.full_like(start, jnp.inf), jnp.zeros_like(start))
     return jax.lax.fori_loop(0, len(offsets), trial, worst)[1]
-
-
-def _places_first(blocks: Array) -> Array:
-    """`[..., P]` as groups `[G, P, lanes]`, so that neighbours in memory are worked on at once."""
-    lanes = math.gcd(math.prod(blocks.shape[:-1]), _LANES)
-    groups = blocks.reshape(-1, lanes, blocks.shape[-1]).transpose(0, 2, 1)
-    return with_layout_constraint(groups, Layout((0, 1, 2)))
 
 
 def _extreme(blocks: Array, axes: tuple[int, ...]) -> Array:
