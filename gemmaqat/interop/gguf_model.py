@@ -144,6 +144,16 @@ def _check_sharing(config: ModelConfig) -> None:
             )
 
 
+def _check_ids(config: ModelConfig) -> None:
+    """Every special token has a row."""
+    for token in (config.pad_id, config.eos_id, config.bos_id, *config.stop_ids):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"special token {token} is outside the vocabulary of {config.vocab_size}; the "
+                "tokenizer belongs to another model."
+            )
+
+
 def read_config(file: GgufFile) -> ModelConfig:
     """The configuration that metadata and tensors of a file describe.
 
@@ -219,6 +229,7 @@ def read_config(file: GgufFile) -> ModelConfig:
             stop_ids=_ids(stop) or tuple(dict.fromkeys((eos, _token(file, "eot", eos)))),
         )
         _check_sharing(config)
+        _check_ids(config)
         return config
     except ValueError as error:
         text = str(error)

@@ -153,6 +153,10 @@ BROKEN = {
         dict(change={"tokenizer.ggml.tokens": ["a", "b"]}),
         "2 tokens, but token_embd.weight has 128 rows",
     ),
+    "a special token without a row": (
+        dict(change={"tokenizer.ggml.bos_token_id": 128}),
+        "special token 128 is outside the vocabulary of 128",
+    ),
     "a quantized norm": (
         dict(types={"output_norm.weight": KINDS.Q8_0}),
         "'output_norm.weight' is a vector of Q8_0",
