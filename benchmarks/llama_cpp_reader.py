@@ -96,13 +96,16 @@ _ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2,
 _DEQUANTIZE = {2: "q4_0", 8: "q8_0", 10: "q2_K", 14: "q6_K"}
 
 
-def quantize(rows: np.ndarray, number: int, row_bytes: int) -> np.ndarray:
-    """float32 rows to blocks of the type of this number, by ggml."""
+def quantize(
+    rows: np.ndarray, number: int, row_bytes: int, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 rows to blocks of the type of this number, by ggml; importance is float32 [K]."""
     raw = np.empty((len(rows), row_bytes), np.uint8)
     rows = np.ascontiguousarray(rows, np.float32)
     _ggml.ggml_quantize_chunk(
-        number, rows.ctypes.data, raw.ctypes.data, 0, len(rows), rows.shape[1], None
-    )
+        number, rows.ctypes.data, raw.ctypes.data, 0, len(rows), rows.shape[1],
+        None if importance is None else importance.ctypes.data,
+    )  # fmt: skip
     return raw
 
 
