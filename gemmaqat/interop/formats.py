@@ -78,7 +78,7 @@ def detect(path: str | Path) -> tuple[str, Path]:
     for name, pattern in (("gguf", "*.gguf"), ("litert", "*.tflite")):
         if found := sorted(path.glob(pattern)):
             return name, (found[0] if name == "gguf" else path)
-    if any((path / name).exists() for name in ("_METADATA", "manifest.ocdbt")):
+    if any((path / name / "_METADATA").is_file() for name in ("", "params", "default")):
         return "orbax", path
     method = _quant_method(path / "config.json")
     if method == "compressed-tensors":

@@ -11,11 +11,14 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from gemmaqat.interop.export import export
+from gemmaqat.interop.formats import detect
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.orbax_gemma import read_orbax, write_orbax
 from gemmaqat.interop.orbax_tree import canonical, leaves
 from gemmaqat.interop.shipment import CarriedTensor
 from gemmaqat.interop.source import of_model, to_model, values
+from gemmaqat.interop.verify import verify
 from gemmaqat.models.sizes import MINIATURES, model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.convert import convert
@@ -138,6 +141,14 @@ def test_a_trainers_state_gives_its_parameters_not_their_moments(e2b, tmp_path):
     np.testing.assert_array_equal(tensor.read(0, 1), e2b.tensors["norm/weight"].read(0, 1))
 
 
+def test_a_folder_is_recognised_at_and_above_the_checkpoint(e2b, tmp_path):
+    (tmp_path / "run").mkdir()
+    _write(e2b, tmp_path / "run" / "params")
+    assert detect(tmp_path / "run") == ("orbax", tmp_path / "run")
+    assert detect(tmp_path / "run" / "params") == ("orbax", tmp_path / "run" / "params")
+    assert read_orbax(tmp_path / "run").config.name == "e2b_mini"
+
+
 def test_quantized_weights_go_out_as_the_exact_values_of_their_grid(tmp_path):
     model = Gemma4(model_config("31b_mini"), rngs=nnx.Rngs(0))
     table = resolve("q4_0", model)
@@ -151,6 +162,19 @@ def test_quantized_weights_go_out_as_the_exact_values_of_their_grid(tmp_path):
         expected = values(tensor, tensor.read(0, tensor.num_rows))
         found = back.tensors[entry.path].read(0, tensor.num_rows)
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_export_is_certified_exact_and_verifies(stacked, tmp_path):
+    model = Gemma4(model_config("31b_mini"), rngs=nnx.Rngs(0))
+    table = resolve("q4_0_emb", model)
+    options = ExportOptions(float_dtype="bfloat16", stacked_layers=stacked)
+    certificate = export(
+        convert(model, table), tmp_path / "out", format="orbax", table=table, options=options
+    )
+    kinds = {tensor.path: tensor.kind for tensor in certificate.tensors}
+    assert all((kinds[e.path] == "exact") == (e.grid is not None) for e in table.entries)
+    assert verify(tmp_path / "out").tensors == len(table.entries)
 
 
 def test_a_dtype_that_rounds_the_grid_is_refused_unless_allowed(tmp_path):
