@@ -22,6 +22,8 @@ from gemmaqat import config as configs
         ("checkpoint.keep_best", -1),
         ("evaluation.items_per_task", -1),
         ("evaluation.bootstrap_samples", 0),
+        ("quantization.calibration_batches", 0),
+        ("quantization.calibration_method", "percentile"),
         ("compare.sizes", ()),
         ("compare.recipes", ()),
         ("compare.seeds", ()),
