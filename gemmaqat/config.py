@@ -316,7 +316,10 @@ def _check(e: Experiment) -> None:
         ("optimizer.name", e.optimizer.name, OPTIMIZERS),
         ("optimizer.schedule", e.optimizer.schedule, SCHEDULES),
         ("optimizer.state_dtype", e.optimizer.state_dtype, DTYPES),
-        *((f"evaluation.kv_caches[{i}]", s, KV_QUANTIZATIONS) for i, s in enumerate(e.evaluation.kv_caches)),
+        *(
+            (f"evaluation.kv_caches[{i}]", s, KV_QUANTIZATIONS)
+            for i, s in enumerate(e.evaluation.kv_caches)
+        ),
         *((f"compare.sizes[{i}]", s, SIZES) for i, s in enumerate(e.compare.sizes)),
     ):
         if value not in known:

@@ -1,7 +1,8 @@
 """Pictures of a comparison, as matplotlib figures: for notebooks and for the report."""
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from gemmaqat.evaluation.context import FLOAT, ContextScores, relative_change
 from gemmaqat.evaluation.results import (
     FLOAT_ARMS,
     LABELS,
@@ -237,6 +239,35 @@ def layer_errors(found: Results, size: str, seed: int) -> Figure:
         figure.colorbar(image, ax=list(line), label="error, %", shrink=0.9)
     for axes in panels[-1]:
         axes.set_xlabel("layer")
+    return figure
+
+
+@_styled
+def perplexity_by_cache(scores: Mapping[str, ContextScores]) -> Figure:
+    """Perplexity by position through the float cache, and what every other kind changes."""
+    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    whole, change = figure.subplots(1, 2)
+    base = scores[FLOAT]
+    places = np.arange(len(base.edges) - 1)
+    whole.plot(places, base.perplexity, color=COLORS["float"], marker="o")
+    whole.set(title=f"{FLOAT} cache", ylabel="perplexity")
+    change.axhline(0, color=COLORS["float"], linewidth=1.2, linestyle="--")
+    change.set(title="stored as codes", ylabel="change of perplexity, %")
+    others = [name for name in scores if name != FLOAT]
+    for index, name in enumerate(others):
+        found = [relative_change(base, scores[name], bucket) for bucket in range(len(places))]
+        value, low, high = 100 * np.array([dataclasses.astuple(one) for one in found]).T
+        # Percentile intervals can lie to one side of the estimate.
+        error = np.maximum([value - low, high - value], 0)
+        side = 0.1 * (index - (len(others) - 1) / 2)
+        color = list(COLORS.values())[2 + index]
+        change.errorbar(places + side, value, error, color=color, marker="o", label=name)
+    change.legend()
+    labels = [f"{a}-{b - 1}" for a, b in zip(base.edges, base.edges[1:], strict=False)]
+    for axes in (whole, change):
+        axes.set_xticks(places, labels)
+        axes.set_xlabel("position")
+        axes.grid(True, axis="y")
     return figure
 
 
