@@ -8,6 +8,7 @@ import pytest
 import qwix
 from flax import nnx
 
+from gemmaqat.quantization.grid import NAMED_GRIDS
 from gemmaqat.quantization.recipes import RECIPES, recipe
 from gemmaqat.quantization.rules import Rule, as_rule, resolve
 
@@ -312,3 +313,29 @@ def test_models_states_and_dicts_resolve_alike():
 def test_rules_survive_as_json():
     rule = Rule(module_path="a", weight_qtype=np.int8, tile_size=32, name="n")
     assert as_rule(rule.to_json(), where="rule") == rule
+
+
+WIDTHS = {f"{name}/weight": jax.ShapeDtypeStruct((k, 8), jnp.float32) for name, k in
+          (("wide", 512), ("narrow", 96), ("odd", 40))}  # fmt: skip
+
+
+def test_named_grids_are_given_whole_and_fall_back_by_name():
+    tree = {k.partition("/")[0]: {"weight": v} for k, v in WIDTHS.items() if "odd" not in k}
+    table = resolve(dict(weight_qtype="q6_k", indivisible="q8_0"), tree)
+    assert table["wide/weight"].grid == NAMED_GRIDS["q6_k"]
+    assert table["narrow/weight"].grid == NAMED_GRIDS["q8_0"]
+    assert recipe("q4_0")[-1].grid(32) == NAMED_GRIDS["q4_0"]
+    kept = resolve(dict(weight_qtype="q6_k", indivisible="keep"), tree)["narrow/weight"]
+    assert kept.grid is None and "block 256 does not divide 96" in kept.reason
+
+
+@pytest.mark.parametrize("fallback", ["error", "q8_0", "channel"])
+def test_a_width_that_q6_k_cannot_hold_names_the_grids_that_may(fallback):
+    tree = {"odd": {"weight": WIDTHS["odd/weight"]}}
+    with pytest.raises(ValueError, match="multiple of 256 .*length 40.*'q8_0' or 'q4_0'"):
+        resolve(dict(weight_qtype="q6_k", indivisible=fallback), tree)
+
+
+def test_a_whole_grid_takes_no_fields_of_its_own():
+    with pytest.raises(ValueError, match="'q8_0' is a whole grid .*scale_bits, tile_size must be"):
+        Rule(weight_qtype="q8_0", tile_size=16, scale_bits=4)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gemmaqat.packed import pack
 from gemmaqat.quantization.grid import NAMED_GRIDS, Grid
 from gemmaqat.quantization.grids import dequantize, fake_quantize_array, quantize
 from gemmaqat.quantization.recipes import recipe
@@ -236,3 +237,14 @@ def test_products_are_exact_up_to_the_stated_bits_and_not_beyond(dtype, limits):
             values = codes[:, None] * scales
             kept = np.asarray(jnp.asarray(values).astype(dtype).astype(jnp.float32)) == values
             assert kept.all() == (extra == 0)
+
+
+def test_a_packed_q6_k_weight_multiplies_as_its_fake_quantized_one():
+    grid = NAMED_GRIDS["q6_k"]
+    w = jnp.asarray(np.random.default_rng(6).standard_normal((512, 24)), jnp.float32)
+    codes = quantize(w, grid)
+    packed = pack(codes.codes, codes.scales, bits=grid.bits)
+    value = fake_quantize_array(w, grid)
+    np.testing.assert_array_equal(packed.dequantize(), value)
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((5, 512)), jnp.float32)
+    np.testing.assert_allclose(packed.contract(x), x @ value, rtol=1e-5, atol=1e-4)
