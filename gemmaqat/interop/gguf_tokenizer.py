@@ -98,7 +98,8 @@ def _common(
         f"{_PREFIX}add_bos_token": True,
         f"{_PREFIX}add_space_prefix": False,
     }
-    turn = [i for i in config.stop_ids if i != config.eos_id]
+    ends = [i for i in config.stop_ids if i != config.eos_id]
+    turn = [i for i in ends if i < len(types) and types[i] == TokenType.CONTROL]
     if turn:
         metadata[f"{_PREFIX}eot_token_id"] = turn[0]
     return metadata

@@ -270,3 +270,36 @@ def test_a_key_or_tensor_twice_is_refused(tmp_path, good):
     refused(tmp_path / "x", twice, "'gemma4.rope.freq_base' is there twice")
     twice = good.replace(b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight", 1)
     refused(tmp_path / "x", twice, "'blk.1.ffn_up.weight' is there twice")
+
+
+_NUMBERS = (0, 1, 3, 31, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 2**64 - 1)
+
+
+def test_random_damage_to_the_header_is_read_through_or_refused(tmp_path, good):
+    rng = np.random.default_rng(0)
+    header, path, refusals = good.index(b"blk.5.post_ffw_norm"), tmp_path / "x.gguf", 0
+    for _ in range(200):
+        damaged = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            place = int(rng.integers(4, header))
+            match rng.integers(4):
+                case 0:
+                    damaged[place] ^= 1 << int(rng.integers(8))
+                case 1:
+                    damaged[place : place + 8] = struct.pack(
+                        "<Q", _NUMBERS[rng.integers(len(_NUMBERS))]
+                    )
+                case 2:
+                    del damaged[place : place + int(rng.integers(1, 64))]
+                case _:
+                    del damaged[int(rng.integers(place, len(damaged))) :]
+        path.write_bytes(damaged)
+        try:
+            made = read_gguf(path)
+            for tensor in made.tensors.values():
+                tensor.read(0, tensor.num_rows)
+            assert all(made.files[name].is_file() for name in made.files)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            refusals += 1
+    assert refusals > 100

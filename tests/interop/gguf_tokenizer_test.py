@@ -152,6 +152,7 @@ def test_a_synthetic_vocabulary_is_marked_and_not_given_back(tmp_path):
     assert (tokens[2], tokens[65], tokens[32]) == ("<bos>", "A", "\u2581")
     assert (tokens[200], tokens[299]) == ("<0xC8>", "[PAD299]")
     assert len(set(tokens)) == 300
+    assert "tokenizer.ggml.eot_token_id" not in metadata  # 6 is a character here
     assert dict(ExtractedFiles(write(tmp_path / "x.gguf", metadata))) == {}
 
 

@@ -187,7 +187,9 @@ def test_ten_thousand_strings_have_the_same_token_ids(tmp_path):
     texts = strings(10_000)
     path = make_tokenizer(tmp_path, texts[::3])
     library = tokenizers.Tokenizer.from_file(str(path))
-    config = gq.model_config("12b_mini", vocab_size=library.get_vocab_size() + 10)
+    turn = library.token_to_id("<turn|>")
+    size = library.get_vocab_size() + 10
+    config = gq.model_config("12b_mini", vocab_size=size, stop_ids=(1, turn))
     model = gq.Gemma4(config, rngs=nnx.Rngs(0))
     table = gq.resolve("q4_0_emb", model)
     shipment = models.of_model(gq.convert(model, table), table, files={"tokenizer.json": path})
