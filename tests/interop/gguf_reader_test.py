@@ -278,7 +278,7 @@ _NUMBERS = (0, 1, 3, 31, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 
 def test_random_damage_to_the_header_is_read_through_or_refused(tmp_path, good):
     rng = np.random.default_rng(0)
     header, path, refusals = good.index(b"blk.5.post_ffw_norm"), tmp_path / "x.gguf", 0
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(good)
         for _ in range(rng.integers(1, 4)):
             place = int(rng.integers(4, header))
@@ -302,4 +302,4 @@ def test_random_damage_to_the_header_is_read_through_or_refused(tmp_path, good):
         except ValueError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             refusals += 1
-    assert refusals > 100
+    assert refusals > 50
