@@ -9,6 +9,8 @@ From a model to low-bit weights:
     packed = gq.convert(model, table)
 """
 
+__version__ = "0.1.0"  # first: modules below write it into files
+
 from gemmaqat.compare import Comparison as Comparison
 from gemmaqat.compare import compare as compare
 from gemmaqat.compare import evaluate as evaluate
@@ -16,7 +18,8 @@ from gemmaqat.evaluation.results import Results as Results
 from gemmaqat.evaluation.results import results as results
 from gemmaqat.generation import Generation as Generation
 from gemmaqat.generation import generate as generate
-from gemmaqat.interop.hf import load_pretrained as load_pretrained
+from gemmaqat.interop.export import export as export
+from gemmaqat.interop.load import load_pretrained as load_pretrained
 from gemmaqat.models.config import ModelConfig as ModelConfig
 from gemmaqat.models.sizes import model_config as model_config
 from gemmaqat.models.transformer import Gemma4 as Gemma4
@@ -33,5 +36,3 @@ from gemmaqat.quantization.table import Table as Table
 from gemmaqat.training.loop import FitResult as FitResult
 from gemmaqat.training.loop import fit as fit
 from gemmaqat.training.loop import train as train
-
-__version__ = "0.1.0"

@@ -22,9 +22,17 @@ from gemmaqat.compare import compare as run_comparison
 from gemmaqat.compare import evaluate as run_evaluation
 from gemmaqat.config import Experiment
 from gemmaqat.data.chat import ChatTemplate
-from gemmaqat.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from gemmaqat.interop.hf import load_pretrained, read_config
-from gemmaqat.interop.packed_folder import is_packed_folder, load_packed, save_packed
+from gemmaqat.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    make_tokenizer,
+)
+from gemmaqat.evaluation import context
+from gemmaqat.evaluation.evaluate import FOLDER
+from gemmaqat.evaluation.plots import perplexity_by_cache
+from gemmaqat.interop.load import read_config, read_pretrained
+from gemmaqat.interop.packed_folder import is_packed_folder, save_packed
 from gemmaqat.kernels import dispatch
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
@@ -35,7 +43,7 @@ from gemmaqat.planning.report import plan_comparison, plan_training
 from gemmaqat.planning.size import fit, survey
 from gemmaqat.planning.size_report import draw_fits, render, render_fits
 from gemmaqat.quantization.activations import prepare, without_activations
-from gemmaqat.quantization.convert import convert
+from gemmaqat.quantization.convert import convert, dequantize_params
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.quantization.table import Table
 from gemmaqat.training.calibration import calibrated
@@ -84,11 +92,18 @@ def compare(options: Any) -> None:
 def evaluate(options: Any) -> None:
     """Judges a checkpoint on the hold-out, in float and quantized."""
     experiment = _experiment(options)
-    model = None
+    model, table = None, None
     if options.checkpoint:
-        model = _load_float(Path(options.checkpoint), experiment).model
-    scores = run_evaluation(experiment, _workdir(options), model=model)
+        loaded = _load(Path(options.checkpoint), experiment)
+        model, table = loaded.model, loaded.table
+    scores = run_evaluation(experiment, _workdir(options), model=model, table=table)
     print(_columns({name: score.metrics for name, score in scores.items()}))
+    if experiment.evaluation.kv_caches:
+        folder = _workdir(options) / FOLDER / list(scores)[-1]
+        caches = context.load(folder)
+        perplexity_by_cache(caches).savefig(folder / "context.png", dpi=150)
+        print(f"\n{folder.name}, perplexity by position and cache ({folder / 'context.png'}):\n")
+        print(context.render(caches, samples=experiment.evaluation.bootstrap_samples))
 
 
 def quantize(options: Any) -> None:
@@ -98,15 +113,19 @@ def quantize(options: Any) -> None:
     output = _workdir(options)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--workdir={output}: not empty; choose a new folder for packed weights.")
-    loaded = _load_float(source, experiment)
+    if is_packed_folder(source):
+        raise ValueError(f"{source}: quantized already; give the float checkpoint it came from.")
+    loaded = _load(source, experiment)
     table = _resolve(experiment, loaded.model.config)
-    if loaded.table is not None and (differences := loaded.table.diff(table)):
+    if _is_run(source) and loaded.table is not None and (differences := loaded.table.diff(table)):
         raise ValueError(
             f"{source}: trained for another quantization table than the config's "
             f"({'; '.join(differences[:3])}); leave --config out to use its own."
         )
-    model = prepare(loaded.model, table)
+    graphdef, params = nnx.split(loaded.model)
+    model = prepare(nnx.merge(graphdef, dequantize_params(params)), table)
     if table.activations:
+        check_vocabulary(make_tokenizer(experiment.data), model.config.vocab_size)
         graphdef, params = nnx.split(model)
         model = nnx.merge(graphdef, calibrated(graphdef, params, table, experiment))
     packed = convert(model, table)
@@ -134,10 +153,9 @@ def generate(options: Any) -> None:
             template.render([{"role": "user", "content": text}], add_generation_prompt=True)
             for text in prompts
         ]
-    if is_packed_folder(source):
-        model = load_packed(source, dtype=options.dtype)
-    else:
-        model = without_activations(_load_float(source, dtype=options.dtype).model)
+    model = _load(source, dtype=options.dtype).model
+    if _is_run(source):  # its weights are the float masters, not what would be shipped
+        model = without_activations(model)
     streamed = len(prompts) == 1
     result = generation.generate(
         model,
@@ -253,9 +271,9 @@ def _model_config(experiment: Experiment) -> ModelConfig:
         dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
     )
     folder = Path(section.checkpoint)
-    if section.checkpoint and folder.is_dir() and not _is_run(folder):
+    if section.checkpoint and folder.exists() and not _is_run(folder):
         return dataclasses.replace(read_config(folder), **precision)
-    if section.checkpoint and not folder.is_dir():
+    if section.checkpoint and not folder.exists():
         logging.info("%s: no such folder; shapes are those of %s", folder, section.name)
     return model_config(section.name, **precision)
 
@@ -266,25 +284,24 @@ def _resolve(experiment: Experiment, config: ModelConfig, *, recipe: str = "") -
     return resolve(recipe or section.recipe, abstract_model(config), rules=section.rules)
 
 
-def _load_float(
+def _load(
     folder: Path, experiment: Experiment | None = None, *, dtype: str = "float32"
 ) -> LoadedRun:
-    """Model, and table where it was trained with one, of a work or Hugging Face directory."""
+    """Model, and table where it has one, of a work directory or a checkpoint of any format."""
     _check_folder(folder)
-    if is_packed_folder(folder):
-        raise ValueError(f"{folder}: quantized already; give the float checkpoint it came from.")
     precision: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype)
     if experiment is not None:
         precision = dict(dtype=experiment.model.dtype, param_dtype=experiment.model.param_dtype)
     if _is_run(folder):
         return load_run(folder, **precision)
-    return LoadedRun(model=load_pretrained(folder, **precision), table=None, step=0)
+    loaded = read_pretrained(folder, **precision)
+    return LoadedRun(model=loaded.model, table=loaded.table, step=0)
 
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that cannot hold one model."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--checkpoint={folder}: no such folder.")
+    if not folder.exists():
+        raise FileNotFoundError(f"--checkpoint={folder}: no such folder or file.")
     if (folder / "run.json").is_file() and not _is_run(folder):
         runs = sorted(path.parent for path in folder.rglob("checkpoints"))
         hint = (

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from gemmaqat import config as configs
 from gemmaqat.config import Experiment
 from gemmaqat.data.tokenizer import check_vocabulary, make_tokenizer
-from gemmaqat.evaluation import report
+from gemmaqat.evaluation import context, report
 from gemmaqat.evaluation.evaluate import FOLDER, METRICS, Evaluator, Scores
 from gemmaqat.evaluation.results import (
     NO_RECIPE,
@@ -28,10 +28,13 @@ from gemmaqat.evaluation.results import (
     results,
     write_summary,
 )
+from gemmaqat.interop.hashes import contents_sha256
+from gemmaqat.interop.source import of_model
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.activations import prepare, without_activations
+from gemmaqat.quantization.convert import convert_params, dequantize_params, is_packed
 from gemmaqat.quantization.rules import Table, resolve
 from gemmaqat.training import checkpoint
 from gemmaqat.training import workdir as workdirs
@@ -146,7 +149,11 @@ def check(config: ConfigDict | Experiment) -> None:
 
 
 def evaluate(
-    config: ConfigDict | Experiment, workdir: str | Path, *, model: Gemma4 | None = None
+    config: ConfigDict | Experiment,
+    workdir: str | Path,
+    *,
+    model: Gemma4 | None = None,
+    table: Table | None = None,
 ) -> dict[str, Scores]:
     """Judges one model on the hold-out, in float and quantized.
 
@@ -154,18 +161,22 @@ def evaluate(
         config: its sections data and evaluation are used, and quantization where the model has
             no table of its own.
         workdir: gets evaluation/float and evaluation/<recipe>. The model trained there is judged,
-            with its own table; where none was trained, the one that `model.checkpoint` names.
-        model: to be judged instead.
+            with its own table; where none was trained, the one that `model.checkpoint` names. With
+            `evaluation.kv_caches` the last also gets context.json, perplexity by position through
+            each kind of cache.
+        model: to be judged instead; one with packed weights by its codes as they are.
+        table: of that model, where it has one of its own.
 
     Returns:
-        Scores by "float" and the recipe's name; KL and agreement are to the float model.
+        Scores by "float" and the recipe's name; KL and agreement are to the float model, which for
+        packed weights is their values without quantized activations.
 
     Raises:
         ValueError: a bad config, or there is no model.
     """
     experiment = configs.parse(config)
     workdir = Path(workdir)
-    recipe, table = experiment.quantization.recipe, None
+    recipe = experiment.quantization.recipe
     if model is None and (workdir / checkpoint.FOLDER).is_dir():
         run = load_run(workdir, dtype=experiment.model.dtype, remat=experiment.model.remat)
         model, table = run.model, run.table
@@ -180,14 +191,24 @@ def evaluate(
     table = table or _resolve(experiment, recipe, model)
     graphdef, params = nnx.split(model if table is None else prepare(model, table))
     evaluator = Evaluator(graphdef, experiment, references=("float",))
-    as_float = without_activations(params)
+    as_float = without_activations(dequantize_params(params))
     references = [evaluator.reference("float", as_float)]
     found = {"float": evaluator.score(as_float, references=references)}
     if table is not None:
-        params = calibrated(graphdef, params, table, experiment)
-        found[table.recipe or recipe] = evaluator.score(params, table, references=references)
+        if not is_packed(params):
+            params = calibrated(graphdef, params, table, experiment)
+        scores = evaluator.score(params, table, references=references)
+        packed = params if is_packed(params) else convert_params(params, table)
+        contents = contents_sha256(of_model(nnx.merge(graphdef, packed), table))
+        found[table.recipe or recipe] = dataclasses.replace(scores, contents_sha256=contents)
     for name, scores in found.items():
         scores.save(workdir / FOLDER / name)
+    if experiment.evaluation.kv_caches:
+        weights = params if table is None else dequantize_params(packed)
+        caches = context.compare_caches(
+            nnx.merge(graphdef, weights), evaluator.holdout, experiment.evaluation.kv_caches
+        )
+        context.save(workdir / FOLDER / list(found)[-1], caches)
     return found
 
 
@@ -370,6 +391,6 @@ def _of_size(experiment: Experiment, size: str) -> Experiment:
 
 
 def _resolve(experiment: Experiment, recipe: str, model: Gemma4) -> Table | None:
-    if recipe == "none":
+    if recipe == "none" and not experiment.quantization.rules:
         return None
     return resolve(recipe, model, rules=experiment.quantization.rules)

@@ -12,13 +12,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from gemmaqat import commands
+from gemmaqat import commands, shipping
+from gemmaqat.interop.formats import FORMATS
+from gemmaqat.interop.options import TableType
 from gemmaqat.planning.size import KV_TYPES
 from gemmaqat.training.loop import Terminated
 
@@ -98,6 +100,16 @@ _VERBS = {
         ("config", "workdir", "checkpoint"),
         "--config=experiments/quickstart.py --checkpoint=gemma-4-E2B --workdir=packed/e2b",
     ),
+    "export": _Verb(
+        shipping.export,
+        (
+            "checkpoint", "format", "workdir", "config", "float_dtype", "tables", "text_only",
+            "allow_rescale", "allow_requantize", "packed_experts", "packed_tables",
+            "per_layer_scales", "shard_bytes",
+        ),
+        "--checkpoint=runs/e2b --format=gguf --workdir=shipped/e2b",
+    ),
+    "verify": _Verb(shipping.verify, ("checkpoint", "workdir"), "--checkpoint=shipped/e2b"),
     "generate": _Verb(
         commands.generate,
         (
@@ -131,6 +143,41 @@ _FLAGS: dict[str, Callable[..., Any]] = {
         default="",
         help="Hugging Face folder, work directory of a training, or packed folder.",
     ),
+    "format": functools.partial(
+        flags.DEFINE_string,
+        default="",
+        help=f"export: {', '.join(FORMATS)}; size: as in q4_0-gguf,recipe:q4_0, default all.",
+    ),
+    "float_dtype": functools.partial(
+        flags.DEFINE_string, default="", help="Of kept matrices; default: the format's own."
+    ),
+    "tables": functools.partial(
+        flags.DEFINE_enum,
+        default="as_is",
+        enum_values=list(get_args(TableType)),
+        help="How a GGUF stores float vocabulary tables.",
+    ),
+    "text_only": functools.partial(
+        flags.DEFINE_bool, default=False, help="Leave out what is not the text decoder."
+    ),
+    "allow_rescale": functools.partial(
+        flags.DEFINE_bool, default=False, help="Round scales that the format cannot hold."
+    ),
+    "allow_requantize": functools.partial(
+        flags.DEFINE_bool, default=False, help="Choose new codes where the grid does not fit."
+    ),
+    "packed_experts": functools.partial(
+        flags.DEFINE_bool, default=False, help="compressed-tensors: experts packed, not float."
+    ),
+    "packed_tables": functools.partial(
+        flags.DEFINE_bool, default=False, help="compressed-tensors: tables packed, not float."
+    ),
+    "per_layer_scales": functools.partial(
+        flags.DEFINE_bool, default=False, help="gemma-mobile: a scale per row and layer."
+    ),
+    "shard_bytes": functools.partial(
+        flags.DEFINE_integer, default=5_000_000_000, help="Largest safetensors file."
+    ),
     "prompt": functools.partial(
         flags.DEFINE_multi_string, default=[], help="Text to continue; repeat for a batch."
     ),
@@ -161,9 +208,6 @@ _FLAGS: dict[str, Callable[..., Any]] = {
     ),
     "size": functools.partial(
         flags.DEFINE_string, default="", help="Sizes, as in e2b,31b; default: all five."
-    ),
-    "format": functools.partial(
-        flags.DEFINE_string, default="", help="Formats, as in q4_0-gguf,recipe:q4_0; default: all."
     ),
     "context": functools.partial(
         flags.DEFINE_string, default="", help="Positions of the cache, as in 4096,32768."

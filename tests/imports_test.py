@@ -33,8 +33,9 @@ ARROWS = {
     "training": BELOW_TRAINING | {"evaluation.metrics", "interop"},
     "compare": BELOW_TRAINING | {"training", "evaluation", "interop", "generation", "planning"},
 }
-MAY_IMPORT_ALL = {"main", "commands", "__main__", "__init__"}
-ENTRY_POINTS = {"main": {"__main__"}, "commands": {"main"}}  # imported by these alone
+MAY_IMPORT_ALL = {"main", "commands", "shipping", "__main__", "__init__"}
+# Imported by these alone.
+ENTRY_POINTS = {"main": {"__main__"}, "commands": {"main", "shipping"}, "shipping": {"main"}}
 
 
 def _imports(path: Path) -> set[str]:

@@ -31,7 +31,7 @@ from gemmaqat.evaluation.statistics import Sums
 from gemmaqat.packed import PackedTensor
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.activations import without_activations
-from gemmaqat.quantization.convert import convert_params, dequantize_params
+from gemmaqat.quantization.convert import convert_params, dequantize_params, is_packed
 from gemmaqat.quantization.rules import Table
 from gemmaqat.typing import Params
 
@@ -60,6 +60,8 @@ class Scores:
         matches: whether the item was solved.
         metrics: flat name to number; what `sequences` and `items` come to, plus `bytes` and
             `bits_per_weight`.
+        contents_sha256: of the codes, scales and kept floats that were judged, where it is known;
+            a certificate of an export names the evaluation of exactly its contents.
         layer_errors: path of a quantized weight to |quantized - master| / |master| (Frobenius).
     """
 
@@ -68,6 +70,7 @@ class Scores:
     matches: np.ndarray
     metrics: dict[str, float]
     layer_errors: dict[str, float]
+    contents_sha256: str = ""
 
     def sums(self, quantity: str, *, tokens: str = MAIN) -> Sums:
         """One quantity summed per sequence over one set of tokens: `nll`, `kl_to_base`, ..."""
@@ -86,6 +89,7 @@ class Scores:
                 format_version=FORMAT_VERSION,
                 metrics=self.metrics,
                 layer_errors=self.layer_errors,
+                contents_sha256=self.contents_sha256,
             ),
             indent=1,
         )
@@ -118,6 +122,7 @@ class Scores:
             matches=np.asarray([item["solved"] for item in items], bool),
             metrics=saved["metrics"],
             layer_errors=saved["layer_errors"],
+            contents_sha256=saved.get("contents_sha256", ""),
         )
 
 
@@ -203,13 +208,15 @@ class Evaluator:
         """Converts float parameters as the table says, and judges what would be shipped.
 
         Args:
-            params: float master parameters; of a prepared model, with the scales of its activations
-                where the table quantizes them.
+            params: float master parameters, or packed ones, which are judged by their codes; of a
+                prepared model, with the scales of its activations where the table quantizes them.
             table: the resolved quantization; None leaves them in float.
             references: prepared by `reference`, in the order of `reference_names`.
         """
         assert tuple(r.name for r in references) == self.reference_names
-        converted = params if table is None else convert_params(params, table)
+        converted = params
+        if table is not None and not is_packed(params):
+            converted = convert_params(params, table)
         weights = _commit(params if table is None else dequantize_params(converted))
         sequences, matches, metrics = self._judge(weights, references)
         if table is not None and table.activations:
@@ -313,8 +320,8 @@ def _layer_errors(params: Params, converted: Params) -> dict[str, float]:
     """Relative RMS error of each packed weight against its own float master."""
     masters, errors = trees.weights(params), {}
     for path, (leaf, _) in trees.weights(converted).items():
-        if isinstance(leaf, PackedTensor):
-            master = masters[path][0]
+        master = masters[path][0]
+        if isinstance(leaf, PackedTensor) and not isinstance(master, PackedTensor):
             difference = leaf.dequantize() - master
             errors[path.removesuffix("/weight")] = float(
                 jnp.linalg.norm(difference.ravel()) / jnp.linalg.norm(master.ravel())

@@ -15,7 +15,13 @@ import numpy as np
 
 import gemmaqat
 from gemmaqat.interop.formats import CERTIFICATE
-from gemmaqat.interop.hashes import Observed, carried_sha256, combine, tensor_sha256
+from gemmaqat.interop.hashes import (
+    Observed,
+    carried_sha256,
+    combine,
+    contents,
+    tensor_sha256,
+)
 from gemmaqat.interop.options import KINDS, ExportOptions, Written
 from gemmaqat.interop.progress import Pass
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
@@ -172,17 +178,20 @@ def certify(
             found = _compare_carried(source, artefact, told)
         tensors.append(found)
     told_of = {told.path for told in written}
-    rest = artefact.tensors.keys() - told_of
+    parameters = contents(artefact)
+    rest = parameters.keys() - told_of
     if rest:
         raise ValueError(f"{min(rest)}: in the artefact, but its writer does not tell of it.")
+    of_artefact = combine({path: hashes[path] for path in parameters})
+    of_source = combine({path: sources[path] for path in contents(source)})
     left_out = [path for path in (*source.tensors, *source.carried) if path not in told_of]
     defaults = ExportOptions()
     return Certificate(
         format=format,
         tensors=tuple(tensors),
         left_out=tuple(left_out),
-        contents_sha256=combine(hashes),
-        source_sha256=combine(sources),
+        contents_sha256=of_artefact,
+        source_sha256=of_source,
         recipe=source.table.recipe,
         coverage=source.table.coverage(),
         table=source.table.to_json(),
@@ -193,8 +202,21 @@ def certify(
         },
         files={},
         code_sha256=code_sha256(),
-        provenance=dict(source.provenance),
+        provenance=_provenance(source, tensors, of_artefact, of_source),
     )
+
+
+def _provenance(
+    source: Shipment, tensors: Sequence[CertifiedTensor], of_artefact: str, of_source: str
+) -> dict[str, Any]:
+    """What is known of the source, with the evaluation of exactly what is in the artefact."""
+    known = dict(source.provenance)
+    evaluations = known.pop("evaluations", ())
+    certified = {tensor.path for tensor in tensors}
+    same = certified >= source.tensors.keys() and not any(t.max_difference for t in tensors)
+    judged = {of_artefact, of_source} if same else {of_artefact}
+    matching = [found for found in evaluations if found.get("contents_sha256") in judged]
+    return known | {"evaluation": matching[-1] if matching else None}
 
 
 def _compare(

@@ -75,7 +75,20 @@ def combine(hashes: Mapping[str, str]) -> str:
 
 def contents_sha256(shipment: Shipment) -> str:
     """The hash of all parameters of a shipment; evaluations record what they were measured on."""
-    return combine({path: tensor_sha256(t) for path, t in shipment.tensors.items()})
+    return combine({path: tensor_sha256(t) for path, t in contents(shipment).items()})
+
+
+def contents(shipment: Shipment) -> dict[str, ShippedTensor]:
+    """The parameters that make the model: without activation scales of 0, which do nothing.
+
+    Some formats store those explicitly, others leave them out.
+    """
+    scales = shipment.table.activation_scales
+    return {
+        path: tensor
+        for path, tensor in shipment.tensors.items()
+        if path not in scales or np.any(tensor.read(0, 1))
+    }
 
 
 class Observed:

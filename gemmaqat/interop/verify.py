@@ -6,7 +6,7 @@ from pathlib import Path
 from gemmaqat.interop.certificate import Certificate, file_sha256
 from gemmaqat.interop.formats import CERTIFICATE, detect, find_format
 from gemmaqat.interop.gguf_file import GgufFile
-from gemmaqat.interop.hashes import carried_sha256, combine, tensor_sha256
+from gemmaqat.interop.hashes import carried_sha256, combine, contents, tensor_sha256
 from gemmaqat.interop.progress import Pass, Progress
 from gemmaqat.interop.safetensors_file import SafetensorsFile
 from gemmaqat.interop.safetensors_writer import CONTENTS_KEY
@@ -70,16 +70,16 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verified:
             parameter: tensor_sha256(tensor, counted=counted)
             for parameter, tensor in artefact.tensors.items()
         }
-    contents = combine(found)
+    contents_sha256 = combine({parameter: found[parameter] for parameter in contents(artefact)})
     if certificate is not None:
         _compare(path, artefact, found, certificate)
         _compare_files(beside.parent, certificate)
-    if recorded and recorded != contents:
+    if recorded and recorded != contents_sha256:
         raise ValueError(
-            f"{path}: the tensors' hash is {contents[:16]}..., its header says {recorded[:16]}...; "
-            "a tensor has changed since the export, copy the file again."
+            f"{path}: the tensors' hash is {contents_sha256[:16]}..., its header says "
+            f"{recorded[:16]}...; a tensor has changed since the export, copy the file again."
         )
-    return Verified(path, name, len(found), contents, certificate)
+    return Verified(path, name, len(found), contents_sha256, certificate)
 
 
 def _recorded(path: Path) -> str:
@@ -113,7 +113,7 @@ def _compare(
             f"{path}: tensor {damaged[0]!r}{more} is not as it was certified; copy the artefact "
             "again, or export it anew."
         )
-    unknown = found.keys() - {tensor.path for tensor in certificate.tensors}
+    unknown = contents(artefact).keys() - {tensor.path for tensor in certificate.tensors}
     if unknown:
         raise ValueError(f"{path}: tensor {min(unknown)!r} is not in the certificate.")
 

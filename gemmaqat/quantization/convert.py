@@ -75,6 +75,11 @@ def pack_entry(codes: Codes, entry: Entry) -> PackedTensor:
     return _pack(codes, entry.grid, entry.axis, entry.order)
 
 
+def is_packed(params: Params) -> bool:
+    """Whether any parameter is held as codes."""
+    return any(isinstance(leaf, PackedTensor) for leaf, _ in trees.weights(params).values())
+
+
 def dequantize_params(params: Params, dtype: Any = jnp.float32) -> Params:
     """The float tree that a packed one stands for; other leaves are returned untouched."""
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from gemmaqat.config import Experiment
-from gemmaqat.interop.hf import load_pretrained, read_config
+from gemmaqat.interop.load import read_config, read_float
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sharding import default_sharding
 from gemmaqat.models.sizes import model_config
@@ -44,13 +44,14 @@ def initial_model(experiment: Experiment, *, vocab_size: int = 0) -> Gemma4:
 
     Returns:
         In this order: the parameters of the work directory `model.checkpoint`, the published
-        weights in the folder `model.checkpoint`, random ones from `seed`.
+        weights that `model.checkpoint` names (any format; quantized ones by their values), random
+        ones from `seed`.
     """
     folder = Path(experiment.model.checkpoint)
     if experiment.model.checkpoint and (folder / checkpoint.FOLDER).is_dir():
         return load_run(folder, **_precision(experiment)).model
     if experiment.model.checkpoint:
-        return load_pretrained(folder, **_precision(experiment))
+        return read_float(folder, **_precision(experiment)).model
     config = initial_config(experiment, vocab_size=vocab_size)
     return Gemma4(config, rngs=nnx.Rngs(experiment.seed))
 
