@@ -34,6 +34,8 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 INDEX_NAME = "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES = 32  # of a NumPy array before 2.0, and far more than any weight has
 SINGLE_NAME = "model.safetensors"
 
 
@@ -115,15 +117,21 @@ class SafetensorsFolder:
 
     def _open_shards(self, index: Path) -> None:
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            weight_map = None
+        if not _is_text_map(weight_map) or not all(
+            shard == Path(shard).name and shard not in ("", "..") and "\0" not in shard
+            for shard in weight_map.values()
+        ):
             raise ValueError(
-                f"{index}: not a safetensors index (no readable 'weight_map'); fetch it again."
-            ) from None
+                f"{index}: not a safetensors index (no readable 'weight_map' from tensors to files "
+                "beside it); fetch it again."
+            )
         shards = {}
         for shard in sorted(set(weight_map.values())):
             path = index.parent / shard
-            if not path.exists():
+            if not path.is_file():
                 raise FileNotFoundError(
                     f"{path}: shard listed in {index.name} is missing; fetch the whole folder."
                 )
@@ -154,40 +162,99 @@ def _single_file(folder: Path) -> Path:
 def _read_header(
     path: Path, prefix: bytes, read: Callable[[int], bytes], size: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parses and checks a header: every tensor must lie inside the file and fill its shape."""
+    """Parses and checks a header before anything is allocated that it asks for.
+
+    The tensors fill the data after the header without a gap or an overlap, as the format says.
+    """
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or 8 + length > size:
         raise ValueError(
             f"{path}: truncated or not a safetensors file ({size} bytes, header needs "
             f"{8 + length}); fetch it again."
         )
+    if length > _LONGEST_HEADER:
+        raise ValueError(
+            f"{path}: a header of {length} bytes, the format allows {_LONGEST_HEADER}; the file is "
+            "damaged, fetch it again."
+        )
     try:
-        header = json.loads(read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = {name: _entry(item, 8 + length) for name, item in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        header = json.loads(read(length).decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):
         raise ValueError(
             f"{path}: not a safetensors file (its header is unreadable); fetch it again."
         ) from None
+    metadata: dict[str, str] = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+    if not isinstance(header, dict) or not _is_text_map(metadata):
+        raise ValueError(
+            f"{path}: not a safetensors file (its header holds no tensors, or metadata other than "
+            "texts); fetch it again."
+        )
+    tensors = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
     for name, entry in tensors.items():
         if entry.stop > size:
             raise ValueError(
                 f"{path}: truncated: tensor {name!r} ends at byte {entry.stop}, the file has "
                 f"{size}; fetch it again."
             )
-        if entry.dtype not in DTYPES:
-            raise ValueError(f"{path}: tensor {name!r} has unknown dtype {entry.dtype!r}.")
         if entry.stop - entry.start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
             raise ValueError(
                 f"{path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} has "
                 f"{entry.stop - entry.start} bytes; the header is damaged, fetch it again."
             )
+    end = 8 + length
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            fault = "overlaps the tensor before it" if entry.start < end else "follows a gap"
+            raise ValueError(
+                f"{path}: tensor {name!r} {fault} (it starts at byte {entry.start}, expected "
+                f"{end}); the header is damaged, fetch it again."
+            )
+        end = entry.stop
+    if end != size:
+        raise ValueError(
+            f"{path}: {size - end} bytes follow the last tensor, which belong to none; the file is "
+            "damaged, fetch it again."
+        )
     return tensors, metadata
 
 
-def _entry(item: dict, base: int) -> Tensor:
-    start, stop = item["data_offsets"]
-    return Tensor(item["dtype"], tuple(item["shape"]), base + start, base + stop)
+def _entry(path: Path, name: str, item: Any, base: int) -> Tensor:
+    """One header entry whose fields have the types and signs of the format."""
+    item = item if isinstance(item, dict) else {}
+    dtype, shape, offsets = (item.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}.")
+    counts = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    # A true or false is an int to Python.
+    if not (isinstance(dtype, str) and counts) or not all(
+        type(number) is int and number >= 0 for number in (*shape, *offsets)
+    ):
+        raise ValueError(
+            f"{path}: the entry of tensor {name!r} is none (expected a dtype, a shape and two "
+            "data_offsets, counts from 0); the header is damaged, fetch it again."
+        )
+    # Sizes that NumPy cannot count are refused even where an axis of 0 leaves nothing to hold.
+    if (
+        offsets[0] > offsets[1]
+        or len(shape) > _MOST_AXES
+        or math.prod(max(axis, 1) for axis in shape) >= 2**60
+    ):
+        raise ValueError(
+            f"{path}: tensor {name!r} ends before it starts, has more than {_MOST_AXES} axes, or "
+            "2^60 values and more; the header is damaged, fetch it again."
+        )
+    return Tensor(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def write_safetensors(
