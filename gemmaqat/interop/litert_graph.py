@@ -240,7 +240,7 @@ class _Graph:
         self.graph.operators.append(op)
 
     def _linear(self, op: Any, readers: Mapping[int, list[Any]]) -> None:
-        (x, w), y = op.inputs, op.outputs[0]
+        (x, w), y = map(int, op.inputs), int(op.outputs[0])
         weight = self.model.weights[self.paths[w]]
         per_channel = bool(weight.bits) and weight.shape[1] == weight.row_length
         hooks = [_hook_number(reader) for reader in readers.get(y, [])]
@@ -253,7 +253,7 @@ class _Graph:
         self._emit("FULLY_CONNECTED", [x, w, -1], y)
 
     def _activation(self, op: Any) -> None:
-        x, y = op.inputs[0], op.outputs[0]
+        x, y = int(op.inputs[0]), int(op.outputs[0])
         codes = self.codes_of.get(x)
         if codes is None:
             number = _hook_number(op)
@@ -346,7 +346,7 @@ def _readers(operators: Sequence[Any]) -> dict[int, list[Any]]:
     readers: dict[int, list[Any]] = {}
     for op in operators:
         for tensor in op.inputs:
-            readers.setdefault(tensor, []).append(op)
+            readers.setdefault(int(tensor), []).append(op)
     return readers
 
 
