@@ -209,7 +209,8 @@ def _pack(
 
     def run(writer: SafetensorsWriter) -> Written:
         _write_rows(writer, tensor, 0, rows, list(modules), scheme, plan.progress)
-        return Written(tensor.path, "exact", _stored(tensor.grid, scheme))
+        note = "transformers 5.23 loads it with dequantize=True alone" * (tensor.path in TABLES)
+        return Written(tensor.path, "exact", _stored(tensor.grid, scheme), note)
 
     plan.jobs.append(Job(declared, run))
 

@@ -93,10 +93,12 @@ def test_grids_side_by_side_load_on_the_default_path(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["e2b_mini", "31b_mini"])
-def test_packed_tables_and_their_head_give_our_logits(size, tmp_path):
+def test_packed_tables_and_their_head_load_when_dequantized(size, tmp_path):
     shipment = converted(size, "w4a16_g32_emb")
     write_compressed_tensors(shipment, tmp_path, ExportOptions(packed_tables=True))
-    found = their_logits(tmp_path)
+    with pytest.raises(AttributeError, match="weight"):  # the default path, as we say
+        their_logits(tmp_path)
+    found = their_logits(tmp_path, quantization_config=CompressedTensorsConfig(dequantize=True))
     np.testing.assert_allclose(found, our_logits(shipment), rtol=0, atol=TOLERANCE)
 
 
