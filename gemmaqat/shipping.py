@@ -14,8 +14,8 @@ from gemmaqat import config as configs
 from gemmaqat.config import Experiment, ExportConfig
 from gemmaqat.evaluation.evaluate import FOLDER, METRICS
 from gemmaqat.interop.export import export as run_export
-from gemmaqat.interop.export import shipment_of
-from gemmaqat.interop.formats import detect
+from gemmaqat.interop.export import check_target, shipment_of
+from gemmaqat.interop.formats import detect, find_format
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.packed_folder import is_packed_folder
 from gemmaqat.interop.shipment import Shipment
@@ -33,6 +33,8 @@ def export(options: Any) -> None:
     name = options.format or section.format
     if not name:
         raise ValueError("--format: missing; name one, as in --format=gguf.")
+    find_format(options.format)  # before anything is loaded
+    check_target(commands._workdir(options))
     certificate = run_export(
         _shipment(source, options),
         commands._workdir(options),

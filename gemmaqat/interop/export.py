@@ -55,7 +55,7 @@ def export(
     """
     folder, options = Path(folder), options or ExportOptions()
     found = find_format(format)
-    _check_target(folder)
+    check_target(folder)
     shipment = shipment_of(model, table)
     draft = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     draft.mkdir(parents=True)
@@ -115,7 +115,8 @@ def _expect(condition: bool, otherwise: str) -> None:
         raise ValueError(f"export: {otherwise}")
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
+    """Raises ValueError unless an export may appear under this name."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name a new folder for the export.")
     if folder.is_dir() and any(folder.iterdir()):
