@@ -33,7 +33,7 @@ def export(options: Any) -> None:
     name = options.format or section.format
     if not name:
         raise ValueError("--format: missing; name one, as in --format=gguf.")
-    find_format(options.format)  # before anything is loaded
+    find_format(name)  # before anything is loaded
     check_target(commands._workdir(options))
     certificate = run_export(
         _shipment(source, options),
