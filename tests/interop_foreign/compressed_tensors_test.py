@@ -39,7 +39,7 @@ def test_every_packed_weight_decompresses_to_our_values(size, rule, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     (scheme,) = QuantizationConfig.model_validate(section).config_groups.values()
-    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
     checked = 0
     for path, tensor in shipment.tensors.items():
         if tensor.grid is None or "/experts/" in path:
