@@ -4,6 +4,9 @@ Theirs keeps heads apart, contracts over the second axis, and puts keys with val
 ups into one array. A leaf is our tensor as files have it (`[..., out, in]`), reshaped, transposed,
 and stacked with its siblings. The names of the 26B's two branches are crossed there: `mlp2` is the
 dense one, `mlp` the experts.
+
+Version 4.0.1 of that library feeds its router the experts' normed input, not the residual stream as
+transformers does and we do: the same 26B weights give other logits there.
 """
 
 import re

@@ -38,8 +38,9 @@ MODELS = {
     "31b": model_config("31b_mini"),
 }
 STACKED = ("e4b", "31b")  # E2B's layers differ; the library's loader mixes up stacked experts
-# Float32 on both sides; their router takes an approximate top k, exact on a CPU. Measured: 1.3e-5.
-TOLERANCE = 5e-5
+# Float32 on both sides; their router takes an approximate top k, exact on a CPU. Measured: at most
+# 3.6e-5 where their model was made at random, 5.5e-6 where ours was.
+TOLERANCE = 1e-4
 
 
 def _library(mode: str, folder: Path, config, tokens: np.ndarray, scratch: Path) -> np.ndarray:
