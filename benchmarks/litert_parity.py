@@ -144,8 +144,9 @@ def main() -> None:
         ways += [("dynamic", True, True)] if "channel" in recipe or "int8" in recipe else []
         for label, dynamic, xnnpack in ways:
             share, found = compare(options.size, recipe, dynamic=dynamic, xnnpack=xnnpack)
+            held = "-" if np.isnan(share) else f"{share:.0%}"
             print(
-                f"{recipe} {label} | {'-' if share != share else f'{share:.0%}'} | {found.largest:.2g} | {found.kl:.2g} | "
+                f"{recipe} {label} | {held} | {found.largest:.2g} | {found.kl:.2g} | "
                 f"{found.top:.1%} | {1000 * found.seconds / STEPS:.2f}",
                 flush=True,
             )

@@ -223,7 +223,7 @@ class _Graph:
             if name == LINEAR:
                 self._linear(op, readers)
             elif name == LOOKUP:
-                self._emit("EMBEDDING_LOOKUP", op.inputs, op.outputs[0])
+                self._emit("EMBEDDING_LOOKUP", op.inputs.tolist(), int(op.outputs[0]))
             elif name.startswith(ACTIVATION):
                 self._activation(op)
             else:

@@ -53,7 +53,7 @@ class LiteRTSession:
             if name.startswith("kv_cache")
         }
 
-    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+    def feed(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Reads tokens and returns the logits `[V]` after the last one.
 
         A prompt goes in pieces: the longest signature as often as it fits, then the shortest that
@@ -61,7 +61,7 @@ class LiteRTSession:
         """
         if not len(tokens):
             raise ValueError("no tokens to read; give at least one.")
-        rest, logits = list(tokens), None
+        rest, logits = [int(token) for token in tokens], None
         while rest:
             longest = max(self._runners)
             length = min((n for n in self._runners if n >= len(rest)), default=longest)
