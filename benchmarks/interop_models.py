@@ -6,6 +6,7 @@ of 256, which Q6_K and Q2_K need.
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from gemmaqat.data.tasks import example
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
 from gemmaqat.interop.source import of_model, to_model, values
 from gemmaqat.models.config import ModelConfig
+from gemmaqat.quantization.activations import activation_scales, prepare, with_scales
+from gemmaqat.quantization.calibration import calibrate
 
 LENGTH = 128  # four times the window of the miniatures
 SEQUENCES = 4
@@ -89,6 +92,28 @@ def quantized(shape: str, recipe: str) -> Shipment:
     """The trained model, rounded to a recipe."""
     model = trained(shape)
     table = gq.resolve(recipe, model)
+    return of_model(gq.convert(model, table), table)
+
+
+@functools.cache
+def mobile(shape: str) -> Shipment:
+    """The trained model in the mobile scheme, with the clamps that transformers applies.
+
+    It knows neither those of keys and values nor those of the projection that stays float, and
+    loads one scale per row of the per-layer table.
+    """
+    size = "mobile_e4b_mini" if shape == "e4b" else "mobile_e2b_mini"
+    bits = "int2" if shape == "e4b" else "int4"
+    table_rule = dict(module_path="embed_tokens_per_layer", weight_qtype=bits, scale_rule="mse")
+    model = trained(shape)
+    table = gq.resolve(size, model, rules=[table_rule])
+    batches = [{"tokens": jnp.asarray(texts(SEQUENCES, holdout=False))}]
+    model = calibrate(prepare(model, table), table, batches)
+    off = [
+        path for path in activation_scales(model)
+        if re.search(r"self_attn/[kv](/scale)?$|^per_layer_model_projection", path)
+    ]  # fmt: skip
+    model = with_scales(model, dict.fromkeys(off, 0.0))
     return of_model(gq.convert(model, table), table)
 
 

@@ -1,6 +1,6 @@
 """Foreign readers on our exports: one row per format and shape, as a Markdown table.
 
-    python benchmarks/interop_table.py [--readers=llama.cpp] [--shapes=e2b,12b]
+    python benchmarks/interop_table.py [--readers=llama.cpp,transformers] [--shapes=e2b,12b]
 
 Needs the extra `foreign`. Models are trained for some steps on the built-in tasks (see
 `interop_models`). Columns: weights that the foreign library dequantizes to our values, of all;
@@ -85,7 +85,48 @@ def _equal_gguf(shipment: models.Shipment, path: Path) -> str:
     return f"{equal / total:.2%}"
 
 
-READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {"llama.cpp": llama_cpp}
+def transformers(shape: str, folder: Path) -> Iterator[Row]:
+    """Floats on the grid, compressed-tensors on both of its paths, the mobile format of E sizes."""
+    from transformers import CompressedTensorsConfig
+    from transformers_reader import Model
+
+    from gemmaqat.interop.compressed_tensors import write_compressed_tensors
+    from gemmaqat.interop.gemma_mobile import write_gemma_mobile
+    from gemmaqat.interop.hf_writer import write_hf
+
+    ids = models.texts(models.SEQUENCES, holdout=True)
+    dequantize = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    blocks = models.quantized(shape, "q4_0_emb")
+    rows = [
+        ("hf, bfloat16 on the grid", blocks, write_hf, ExportOptions(float_dtype="bfloat16"), {}),
+        ("compressed-tensors", blocks, write_compressed_tensors, ExportOptions(), {}),
+        ("compressed-tensors, dequantize", blocks, write_compressed_tensors, ExportOptions(),
+         dequantize),
+        ("compressed-tensors int2 channel", models.quantized(shape, "int2_channel"),
+         write_compressed_tensors, ExportOptions(), {}),
+    ]  # fmt: skip
+    if models.SHAPES[shape].per_layer_dim:
+        mobile = models.mobile(shape)
+        rows.append(("gemma-mobile, clamped", mobile, write_gemma_mobile, ExportOptions(), {}))
+    for number, (name, shipment, write, options, loading) in enumerate(rows):
+        target = folder / str(number)
+        target.mkdir()
+        write(shipment, target, options)
+        model = Model(target, **loading)
+        found = model.logits(ids)
+        ours = models.our_logits(shipment, ids)
+        note = ""
+        if shipment.table.activations:  # a value on the border of two steps may fall to either side
+            near = np.mean(np.max(np.abs(ours - found), axis=-1) <= 5e-4)
+            note = f"{near:.1%} of positions within 5e-4"
+        far = models.distance(ours, found)
+        yield Row(name, shape, model.equal(shipment), far, len(model.complaints), note)
+
+
+READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
+    "llama.cpp": llama_cpp,
+    "transformers": transformers,
+}
 
 HEADER = (
     "| format | shape | weights equal | mean KL | largest difference | top-1 | complaints | |\n"
