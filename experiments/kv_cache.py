@@ -8,7 +8,7 @@ the real cache of each kind, chunk by chunk, and prints the perplexity by positi
 
 Weights stay float (recipe "none" with a rule for keys and values alone), so that what is seen is
 the cache. Results: experiments/README.md.
-Cost: 3 minutes on two CPU cores.
+Cost: 25 minutes on two CPU cores shared with other work.
 
     gemmaqat train --config=experiments/kv_cache.py --workdir=runs/kv_cache
     gemmaqat evaluate --config=experiments/kv_cache.py --workdir=runs/kv_cache

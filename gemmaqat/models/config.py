@@ -16,6 +16,19 @@ REMAT_POLICIES = ("none", "full", "dots")
 _FAMILIES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 
+# The smallest value of each count: a width of 0 would divide by zero far from here.
+_COUNTS = dict.fromkeys(
+    (
+        "vocab_size", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "num_global_kv_heads",
+        "head_dim", "global_head_dim", "sliding_window", "max_position",
+    ),
+    1,
+) | dict.fromkeys(
+    ("num_kv_shared_layers", "per_layer_dim", "num_experts", "num_experts_per_token", "expert_dim"),
+    0,
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Gemma 4 text decoder. Widths are counts of elements; letters are those of `typing.py`."""
@@ -54,6 +67,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         where = f"model config {self.name!r}"
+        for field, least in _COUNTS.items():
+            count = getattr(self, field)
+            if not isinstance(count, int) or not least <= count < 2**31:
+                raise ValueError(f"{where}: {field}={count!r}, expected a number from {least} up.")
+        for field in ("head_dim", "global_head_dim"):
+            if getattr(self, field) % 2:
+                raise ValueError(
+                    f"{where}: {field}={getattr(self, field)} is odd; rotary embedding turns pairs."
+                )
         if not self.layer_types or self.layer_types[-1] != FULL:
             raise ValueError(f"{where}: the last of layer_types must be {FULL!r}.")
         for kind in set(self.layer_types) - {SLIDING, FULL}:
@@ -68,6 +90,11 @@ class ModelConfig:
                 f"{where}: num_global_kv_heads={self.num_global_kv_heads} differs from "
                 f"num_kv_heads={self.num_kv_heads}; only models with attention_k_eq_v have "
                 "global layers of their own width."
+            )
+        if self.num_kv_shared_layers >= self.num_layers:
+            raise ValueError(
+                f"{where}: num_kv_shared_layers={self.num_kv_shared_layers} of {self.num_layers} "
+                "layers; at least one owns keys."
             )
         if self.num_kv_shared_layers:
             owned = self.layer_types[: self.num_layers - self.num_kv_shared_layers]

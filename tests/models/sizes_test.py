@@ -60,6 +60,11 @@ def test_hugging_face_configuration_round_trips(name):
         ("num_hidden_layers", 99, "num_hidden_layers is 99, expected 35"),
         ("text_config", [1], "text_config is"),
         ("hidden_size", None, "'hidden_size' is missing"),
+        ("hidden_size", 0, "embed_dim=0, expected a number from 1 up"),
+        ("head_dim", 255, "head_dim=255 is odd"),
+        ("num_attention_heads", 2.5, "num_heads=2.5, expected a number"),
+        ("sliding_window", 2**40, "sliding_window=1099511627776, expected a number"),
+        ("num_kv_shared_layers", 40, "num_kv_shared_layers=40 of 35"),
     ],
 )
 def test_configurations_that_cannot_be_computed_are_refused(field, value, message):
