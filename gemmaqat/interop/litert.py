@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+import gemmaqat
 from gemmaqat.interop.litert_file import CODE_BITS, FileTensor, LiteRTFile
 from gemmaqat.interop.litert_graph import StoredWeight, assemble
 from gemmaqat.interop.litert_trace import Program
@@ -35,7 +36,7 @@ from gemmaqat.quantization.grids import Grid
 from gemmaqat.quantization.table import SCALE, Table
 
 FILE = "model.tflite"
-Progress = Callable[[int], Any]  # called with bytes done
+Progress = Callable[[int], Any]
 
 
 def write_litert(
@@ -47,7 +48,7 @@ def write_litert(
         shipment: the model.
         folder: exists and is empty.
         options: `prefill_lengths`, `cache_length`, `dynamic_activations` and `text_only` count.
-        progress: called with the bytes of each weight written.
+        progress: told the number of weights of each tensor written.
 
     Raises:
         ValueError: the format cannot hold a tensor, the model has experts, the lengths make no
@@ -96,7 +97,7 @@ def write_litert(
             for data in _bytes(shipment.tensors[path], weights[path].bits):
                 file.write(data)
             if progress is not None:
-                progress(weights[path].num_bytes)
+                progress(shipment.tensors[path].num_weights)
     for name, source in shipment.files.items():
         shutil.copyfile(source, folder / name)
     return [_written(tensor) for tensor in shipment.tensors.values()]
@@ -254,11 +255,9 @@ def _written(tensor: ShippedTensor) -> Written:
 
 def _metadata(shipment: Shipment) -> bytes:
     """What the graph does not say: the model and the grids by name."""
-    from gemmaqat import __version__
-
     return json.dumps(
         {
-            "gemmaqat.version": __version__,
+            "gemmaqat.version": gemmaqat.__version__,
             "gemmaqat.contents_sha256": "0" * 64,
             "config": shipment.config.to_hf(),
             "name": shipment.config.name,
