@@ -13,15 +13,15 @@ from gemmaqat import commands
 from gemmaqat import config as configs
 from gemmaqat.config import Experiment, ExportConfig
 from gemmaqat.evaluation.evaluate import FOLDER, METRICS
-from gemmaqat.interop.export import export as run_export
 from gemmaqat.interop.export import check_target, shipment_of
+from gemmaqat.interop.export import export as run_export
 from gemmaqat.interop.formats import detect, find_format
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.packed_folder import is_packed_folder
 from gemmaqat.interop.shipment import Shipment
 from gemmaqat.interop.source import companions, of_model
 from gemmaqat.interop.verify import verify as run_verification
-from gemmaqat.quantization.activations import prepare
+from gemmaqat.quantization.activations import check_scales, prepare
 from gemmaqat.quantization.convert import convert
 from gemmaqat.training.start import load_run
 
@@ -110,7 +110,12 @@ def _of_run(source: Path, options: Any) -> Shipment:
                 f"{source}: trained in float; run `gemmaqat quantize` to calibrate the activations "
                 f"of recipe {table.recipe!r}, and export what it wrote."
             )
-    model = convert(prepare(run.model, table), table)
+    prepared = prepare(run.model, table)
+    try:
+        check_scales(prepared, table)
+    except ValueError as error:
+        raise ValueError(f"{source}, step {run.step}: {error}") from None
+    model = convert(prepared, table)
     shipment = of_model(model, table, files=companions(source))
     about = _about(source, experiment) | {"step": run.step, "run": _run_hashes(source)}
     about["evaluations"] = [

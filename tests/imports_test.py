@@ -20,6 +20,7 @@ ARROWS = {
     "data": {"typing"},
     "config": {
         "models.config",
+        "models.kv_codes",
         "models.sizes",
         "quantization.rule",
         "quantization.rules",

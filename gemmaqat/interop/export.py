@@ -124,8 +124,8 @@ def check_target(folder: Path) -> None:
 
 
 def _put_contents_hash(path: Path, digest: str) -> None:
-    """Fills the place that the writers of GGUF and safetensors leave in their headers."""
-    if path.suffix not in (".gguf", ".safetensors"):
+    """Fills the place that the writers of GGUF, safetensors and LiteRT leave for it."""
+    if path.suffix not in (".gguf", ".safetensors", ".tflite"):
         return
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
         key = view.find(CONTENTS_KEY.encode())

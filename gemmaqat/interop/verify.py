@@ -1,6 +1,7 @@
 """Checks an artefact against its certificate, or against the hash in its own header."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from gemmaqat.interop.certificate import Certificate, file_sha256
@@ -87,6 +88,9 @@ def _recorded(path: Path) -> str:
     found = set()
     if path.suffix == ".gguf":
         found.add(str(GgufFile(path).metadata.get(CONTENTS_KEY, "")))
+    for model in path.glob("*.tflite") if path.is_dir() else ():
+        match = re.search(CONTENTS_KEY.encode() + rb'": "([0-9a-f]{64})"', model.read_bytes())
+        found.add(match[1].decode() if match else "")
     for shard in path.glob("*.safetensors") if path.is_dir() else ():
         found.add(SafetensorsFile(shard).metadata.get(CONTENTS_KEY, ""))
     if len(found) > 1:

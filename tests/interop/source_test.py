@@ -1,4 +1,4 @@
-"""Shipments: what comes from a model goes back into one bit for bit; folders give convert's codes."""
+"""Shipments: a model goes through one bit for bit; folders give the codes of `convert`."""
 
 import json
 import shutil
