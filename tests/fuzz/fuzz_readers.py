@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -214,7 +215,9 @@ def fuzz(name: str, *, seconds: float, seed: int, rounds: int = 0, folder: Path)
     began, done = time.monotonic(), 0
     while time.monotonic() - began < seconds and (not rounds or done < rounds):
         file, edits = rng.choice(pool)
-        edits = [*edits, *(_edit(apply(good[file], edits), rng) for _ in range(rng.randint(1, 3)))]
+        edits = list(edits)
+        for _ in range(rng.randint(1, 3)):
+            edits += _damage(apply(good[file], edits), rng)
         (folder / file).write_bytes(apply(good[file], edits))
         done += 1
         try:
@@ -268,27 +271,33 @@ def _lines(target: Target, folder: Path, known: set[tuple[str, int]]) -> bool:
     return len(known) > before
 
 
-def _edit(data: bytes, rng: random.Random) -> Edit:
+def _damage(data: bytes, rng: random.Random) -> list[Edit]:
+    """One random change."""
     size = len(data)
     reach = min(size, _HEADER) if rng.random() < 0.8 else size
     place = rng.randrange(reach) if reach else 0
     kind = rng.randrange(7)
     if kind == 0:
-        return "set", place, bytes([(data[place] if size else 0) ^ (1 << rng.randrange(8))]).hex()
+        flipped = (data[place] if size else 0) ^ (1 << rng.randrange(8))
+        return [("set", place, bytes([flipped]).hex())]
     if kind == 1:
-        return "set", place, rng.randbytes(rng.choice((1, 2, 4, 8))).hex()
+        return [("set", place, rng.randbytes(rng.choice((1, 2, 4, 8))).hex())]
     if kind == 2:
         width = rng.choice((1, 2, 4, 8))
         number = rng.choice(_NUMBERS) % 2 ** (8 * width)
-        return "set", place - place % rng.choice((1, width)), number.to_bytes(width, "little").hex()
+        aligned = place - place % rng.choice((1, width))
+        return [("set", aligned, number.to_bytes(width, "little").hex())]
     if kind == 3:
-        return "insert", place, rng.choice((*_WORDS, rng.randbytes(rng.randint(1, 8)))).hex()
+        return [("insert", place, rng.choice((*_WORDS, rng.randbytes(rng.randint(1, 8)))).hex())]
     if kind == 4:
-        return "drop", place, str(rng.choice((1, 2, 4, 8, 64)))
-    if kind == 5:  # a number of a text is replaced by another
-        digits = [i for i in range(place, min(place + 200, size)) if data[i : i + 1].isdigit()]
-        return "set", digits[0] if digits else place, rng.choice((b"9", b"-", b"0", b'"')).hex()
-    return "cut", place, ""
+        return [("drop", place, str(rng.choice((1, 2, 4, 8, 64))))]
+    if kind == 5:  # a number of a text becomes another or none, and the text keeps its length
+        number = re.compile(rb"[0-9]+[ ,\]}]").search(data, place)
+        if number is None:
+            return [("cut", place, "")]
+        word = rng.choice(_WORDS)[: len(number[0]) - 1] or b"9"
+        return [("set", number.start(), word.rjust(len(number[0]) - 1).hex())]
+    return [("cut", place, "")]
 
 
 def _shortened(

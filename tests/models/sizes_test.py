@@ -62,7 +62,6 @@ def test_hugging_face_configuration_round_trips(name):
         ("hidden_size", None, "'hidden_size' is missing"),
         ("hidden_size", 0, "embed_dim=0, expected a number from 1 up"),
         ("head_dim", 255, "head_dim=255 is odd"),
-        ("num_attention_heads", 2.5, "num_heads=2.5, expected a number"),
         ("sliding_window", 2**40, "sliding_window=1099511627776, expected a number"),
         ("num_kv_shared_layers", 40, "num_kv_shared_layers=40 of 35"),
     ],
