@@ -11,7 +11,7 @@ the cache. Results: experiments/README.md.
 Cost: 25 minutes on two CPU cores shared with other work.
 
     gemmaqat train --config=experiments/kv_cache.py --workdir=runs/kv_cache
-    gemmaqat evaluate --config=experiments/kv_cache.py --workdir=runs/kv_cache
+    gemmaqat evaluate --workdir=runs/kv_cache
 
 With the weights in 4 bits: --config.quantization.recipe=int4_channel
 """
