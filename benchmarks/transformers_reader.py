@@ -24,9 +24,8 @@ class Model:
         self._model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="eager",
             output_loading_info=True,
-            **options,
+            **{"attn_implementation": "eager"} | options,
         )
         self.complaints = [key for keys in report.values() for key in keys]
 
