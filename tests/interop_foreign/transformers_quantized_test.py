@@ -120,7 +120,7 @@ def abstract_of(case: str):
     return abstract_model(read_config(GOLDEN / case))
 
 
-def mobile(size: str, clamps: float, *, float_table: bool = False):
+def mobile(size: str, clamps: float, *, projection: bool = False):
     """A prepared miniature whose clamps are those that transformers applies, one scale per row."""
     bits = "int4" if size == "e2b_mini" else "int2"
     model = Gemma4(model_config(size), rngs=nnx.Rngs(0))
@@ -128,15 +128,17 @@ def mobile(size: str, clamps: float, *, float_table: bool = False):
     table = resolve(f"mobile_{size}", model, rules=rules)
     model = prepare(model, table)
     scales = {
-        hook: 0.0 if _is_not_theirs(hook) else clamps * (1 + i / 100)
+        hook: 0.0 if _is_not_theirs(hook, projection) else clamps * (1 + i / 100)
         for i, hook in enumerate(activation_scales(model))
     }
     return of_model(convert(with_scales(model, scales), table), table)
 
 
-def _is_not_theirs(hook: str) -> bool:
-    hook = hook.removesuffix("/scale")
-    return hook.startswith("per_layer_model_projection") or hook.endswith(("/k", "/v"))
+def _is_not_theirs(hook: str, projection: bool) -> bool:
+    """Whether transformers leaves the clamp out; that of the projection by the mobile format."""
+    if hook.startswith("per_layer_model_projection"):
+        return not projection
+    return hook.removesuffix("/scale").endswith(("/k", "/v"))
 
 
 @pytest.mark.parametrize("size", ["e2b_mini", "e4b_mini"])
@@ -150,6 +152,14 @@ def test_a_mobile_folder_gives_our_logits_with_clamps_and_without(size, clamps, 
     # A value on the border of two steps may fall to either side: a position or two of the 80.
     assert np.mean(apart <= TOLERANCE) >= 0.95, apart
     assert np.array_equal(our_logits(read_gemma_mobile(tmp_path)), expected)
+
+
+def test_static_clamps_in_compressed_tensors_are_applied_by_transformers(tmp_path):
+    """The float projection's too, which the mobile format has no place for."""
+    shipment = mobile("e2b_mini", 0.03, projection=True)
+    write_compressed_tensors(shipment, tmp_path, ExportOptions())
+    apart = np.abs(their_logits(tmp_path) - our_logits(shipment)).max(axis=-1)
+    assert np.mean(apart <= TOLERANCE) >= 0.95, apart
 
 
 def test_clamps_matter_by_far_more_than_the_tolerance(tmp_path):
