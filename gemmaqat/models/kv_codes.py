@@ -66,7 +66,9 @@ def quantize_like(x: Float[Array, "B T K H"], stored: KVCodes) -> KVCodes:
     most = 2 ** (stored.bits - 1) - 1
     if stored.scales.ndim == 0:
         scales, least = stored.scales, -most - 1
-        ratio = x / _broadcast(scales)
+        # A divisor that depends on x: XLA makes a product with the rounded reciprocal of a division
+        # by one number, and a tie would fall to the other side than in the fake quantizer.
+        ratio = x / jnp.where(x != 0, _broadcast(scales), 1)
     else:
         scales, least = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / most, -most
         ratio = x / jnp.where(scales > 0, scales, 1)

@@ -1,5 +1,6 @@
 """Codes of keys and values: what NumPy gives in float64, packed as said, and bad numbers shown."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,14 @@ def test_ties_go_to_the_even_code():
     x = np.array([0.5, 1.5, -0.5, -2.5, 126.5, 127.5, -128.5, -129.0]).reshape(1, 1, 1, 8)
     got = quantize(x.astype(np.float32), "static", 1.0)
     assert got.codes.ravel().tolist() == [0, 2, 0, -2, 126, 127, -128, -128]
+
+
+def test_compiled_ties_of_a_static_scale_fall_as_in_numpy():
+    scale = np.float32(0.037)
+    x = ((np.arange(-130, 130, dtype=np.float32) + np.float32(0.5)) * scale).reshape(1, 1, 1, -1)
+    like = init_codes((1, 1, 1, x.shape[-1]), "static", static_scale=scale)
+    got = jax.jit(quantize_like)(jnp.asarray(x), like)
+    np.testing.assert_array_equal(got.codes, np.clip(np.rint(x / scale), -128, 127))
 
 
 @pytest.mark.parametrize("quantization, most", [("int8", 127), ("int4", 7)])
