@@ -1,5 +1,6 @@
 """A recipe with activations through every command, beside one without: the clamp goes along."""
 
+import dataclasses
 import re
 import shutil
 
@@ -10,13 +11,14 @@ import pytest
 from flax import nnx
 
 from gemmaqat import config as configs
+from gemmaqat import shipping
 from gemmaqat.compare import compare
 from gemmaqat.evaluation.results import NO_RECIPE, arm_folder
 from gemmaqat.interop.packed_folder import load_packed
 from gemmaqat.main import main
 from gemmaqat.models import sizes
 from gemmaqat.models.config import FULL, SLIDING
-from gemmaqat.quantization.activations import activation_scales
+from gemmaqat.quantization.activations import activation_scales, without_activations
 from gemmaqat.quantization.convert import convert
 from gemmaqat.training.start import load_run
 
@@ -129,3 +131,14 @@ def test_evaluate_repeats_the_record_clamps_on_and_off(finished, arm, tmp_path, 
     for name in ("answer_perplexity", "unclamped_answer_perplexity"):
         row = next(line for line in page.splitlines() if re.match(rf"{name} ", line))
         assert float(row.split()[-1]) == pytest.approx(record["metrics"][name], rel=1e-5)
+
+
+def test_a_run_saved_before_its_clamps_is_not_exported(arm, tmp_path, capsys):
+    run = load_run(arm)
+    off = dataclasses.replace(run, model=without_activations(run.model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipping, "load_run", lambda folder: off)
+        arguments = [f"--checkpoint={arm}", "--format=gemma-mobile", f"--workdir={tmp_path / 'x'}"]
+        assert main(["gemmaqat", "export", *arguments]) == 2
+    assert "train on, or run `gemmaqat quantize`" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -20,7 +20,7 @@ from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, from_arrays, to_arrays
 from gemmaqat.planning.parameters import abstract_model
-from gemmaqat.quantization.activations import activation_scales, prepare
+from gemmaqat.quantization.activations import activation_scales, check_scales, prepare
 from gemmaqat.quantization.table import Entry, Table
 
 FORMAT = "gemmaqat-packed"
@@ -109,13 +109,8 @@ def load_packed(folder: str | Path, *, dtype: Any = None) -> Gemma4:
 
 def _unused_scales(model: Any, table: Table) -> set[str]:
     """Scales of quantizers that the table does not name, after a look at those it does name."""
+    check_scales(model, table)
     scales = activation_scales(model)
-    used = [float(scales[path]) for path in table.activation_scales if path in scales]
-    if table.activations and not any(used):
-        raise ValueError(
-            f"{table.activations[0].path}: the table quantizes activations, but the model has no "
-            "scales for them; calibrate it before it is converted."
-        )
     return scales.keys() - table.activation_scales
 
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from gemmaqat.quantization import trees
-from gemmaqat.quantization.table import Table
+from gemmaqat.quantization.table import SCALE, Table
 from gemmaqat.typing import Params
 
 LOWEST, HIGHEST = -128, 127
@@ -149,6 +149,22 @@ def only_activations(model: Model, table: Table | None) -> Model:
     """The same model with the scales of this table's activations alone; all others are 0."""
     kept = frozenset() if table is None else table.activation_scales
     return with_scales(model, {path: 0.0 for path in activation_scales(model) if path not in kept})
+
+
+def check_scales(params: Params, table: Table) -> None:
+    """Refuses a model whose quantizers are off, or missing, where the table has them.
+
+    Raises:
+        ValueError: an activation of the table has no scale, or 0.
+    """
+    scales = activation_scales(params)
+    off = [e.path for e in table.activations if not float(scales.get(f"{e.path}/{SCALE}", 0))]
+    if off:
+        raise ValueError(
+            f"{off[0]}: the table quantizes {len(table.activations)} activations, and the model "
+            f"has no scales for {len(off)} of them; calibrate it before it is converted (a run "
+            "saved before train.start_step: train on, or run `gemmaqat quantize` on it)."
+        )
 
 
 def freeze_scales(params: Params) -> Params:

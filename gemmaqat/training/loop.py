@@ -37,7 +37,14 @@ from gemmaqat.training.nonfinite import NonFiniteError, check_finite
 from gemmaqat.training.optimizer import learning_rate
 from gemmaqat.training.records import METRICS, Records, read_metrics
 from gemmaqat.training.start import initial_model
-from gemmaqat.training.step import Programs, UpdateStatus, make_programs, split_batch
+from gemmaqat.training.step import (
+    IN_FLOAT,
+    Programs,
+    QuantizeMap,
+    UpdateStatus,
+    make_programs,
+    split_batch,
+)
 from gemmaqat.training.trees import flatten, hash_params, place_like, unflatten
 from gemmaqat.typing import Params
 
@@ -305,9 +312,9 @@ class _Run:
         table = self.table if state.step >= train.start_step else None
         if table is not None and state.step == train.start_step:
             state.params = calibrated(self.programs.graphdef, state.params, table, self.experiment)
-        quantize = self.programs.quantize_map(
-            table, learn_scales=self.experiment.quantization.learn_activation_scales
-        )
+        waits = table is None and self.table is not None and self.table.activations
+        # A start may bring scales along, which neither clamp nor learn before their time.
+        quantize = IN_FLOAT if waits else self._quantize_map(table)
         rate = learning_rate(optimizer, state.step, train.num_steps)
         inputs = {name: batch[name] for name in _INPUTS}
         on_device, rate_on_device = jax.device_put(
@@ -322,6 +329,10 @@ class _Run:
         )
         state.step += 1
         return _Dispatched(state.step, loss, status, rate, inputs)
+
+    def _quantize_map(self, table: Table | None) -> QuantizeMap:
+        learn = self.experiment.quantization.learn_activation_scales
+        return self.programs.quantize_map(table, learn_scales=learn)
 
     def _record(self, done: _Dispatched, records: Records, meter: Meter) -> None:
         """Fetches a step's numbers, stops the run if they are none, and writes them down."""
@@ -347,17 +358,18 @@ class _Run:
             )
         meter.update(done.step, float(loss), int(np.sum(done.batch["segment_ids"] > 0)), every)
 
-    def _evaluate(self, state: _State, records: Records) -> float:
+    def _evaluate(self, state: _State, records: Records) -> float | None:
         """Hold-out loss of the weights that would be shipped: quantized before start_step, too.
 
-        Until then the activations have no scales and stay float.
+        Until then activations without scales stay float, and a loss without clamps is not to be
+        compared with one with them: it is recorded, but None is returned, so it is no best.
         """
         if self.holdout is None:
             count = self.experiment.train.eval_sequences
             self.holdout = holdout(
                 self.experiment.data, num_sequences=count, tokenizer=self.tokenizer
             )
-        weights, _ = self.programs.quantize_map(self.table).forward(state.params)
+        weights, _ = self._quantize_map(self.table).forward(state.params)
         batches = ({name: batch[name] for name in _INPUTS} for batch in self.holdout)
         loss = self.objective.mean(weights, batches)
         if not math.isfinite(loss):
@@ -366,6 +378,9 @@ class _Run:
                 "at the hold-out's data, or try a lower optimizer.learning_rate."
             )
         records.metrics(state.step, {"eval/loss": loss})
+        start_step = self.experiment.train.start_step
+        if self.table is not None and self.table.activations and state.step <= start_step:
+            return None
         return loss
 
     def _save(

@@ -26,7 +26,11 @@ from jaxtyping import Array, Bool, Float
 
 from gemmaqat.config import OptimizerConfig, TrainConfig
 from gemmaqat.quantization import trees
-from gemmaqat.quantization.activations import activation_scales, freeze_scales
+from gemmaqat.quantization.activations import (
+    activation_scales,
+    freeze_scales,
+    without_activations,
+)
 from gemmaqat.quantization.fake import fake_quantize
 from gemmaqat.training import losses
 from gemmaqat.training.optimizer import make_optimizer
@@ -65,6 +69,10 @@ class QuantizeMap:
 
 IDENTITY = QuantizeMap(
     forward=lambda params: (params, None), backward=lambda pullback, grads: grads
+)
+# A quantizer that is off has no gradient, so that of the weights is that of the parameters.
+IN_FLOAT = QuantizeMap(
+    forward=lambda params: (without_activations(params), None), backward=IDENTITY.backward
 )
 
 

@@ -15,7 +15,7 @@ from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor
-from gemmaqat.quantization.activations import activation_scales, prepare
+from gemmaqat.quantization.activations import activation_scales, prepare, with_scales
 from gemmaqat.quantization.calibration import calibrate
 from gemmaqat.quantization.convert import convert, dequantize_params
 from gemmaqat.quantization.rules import resolve
@@ -248,9 +248,16 @@ def test_activations_without_scales_are_refused(prepared, tmp_path):
     model = Gemma4(small_config(), rngs=nnx.Rngs(0))
     table = resolve("mobile_e2b_mini", model)
     model = convert(prepare(model, table) if prepared else model, table)
-    with pytest.raises(ValueError, match="no scales for them; calibrate it"):
+    with pytest.raises(ValueError, match=r"no scales for \d+ of them; calibrate it"):
         save_packed(model, tmp_path / "packed", table=table)
     assert not (tmp_path / "packed").exists()
+
+
+def test_one_activation_without_a_scale_is_refused(clamped, tmp_path):
+    table, packed = clamped
+    one_off = with_scales(packed, {"layers/0/mlp/input/scale": 0.0})
+    with pytest.raises(ValueError, match="layers/0/mlp/input: .* no scales for 1 of them"):
+        save_packed(one_off, tmp_path / "packed", table=table)
 
 
 def test_a_lost_scale_is_missed(clamped, tmp_path):

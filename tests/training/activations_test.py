@@ -1,6 +1,7 @@
 """Runs with quantized activations: calibrated once, fixed or learned, saved and read back."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from gemmaqat.quantization.activations import (
 )
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.training.calibration import calibrated
+from gemmaqat.training.checkpoint import best_step
 from gemmaqat.training.loop import fit
 from gemmaqat.training.optimizer import is_decayed
 from gemmaqat.training.start import load_run
@@ -166,3 +168,32 @@ def test_the_gradient_program_is_compiled_once_for_float_and_quantized(finished,
     assert shared.next_token._cache_size() == 1
     assert shared.update._cache_size() == 1
     assert isinstance(jax.tree.leaves(finished[0].params)[0], jax.Array)
+
+
+def test_scales_of_the_start_neither_clamp_nor_move_before_the_start_step(
+    train, model, table, settings
+):
+    """As coarse as these, they would change every weight's first step."""
+    scaled = with_scales(model, dict.fromkeys(activation_scales(model), 0.7))
+    waiting = dataclasses.replace(settings.train, start_step=2, num_steps=2)
+    found = train(dataclasses.replace(settings, train=waiting), model=scaled)[0].params
+    assert set(values(found).values()) == {np.float32(0.7)}
+    short = dataclasses.replace(settings.train, num_steps=2)
+    in_float = train(dataclasses.replace(settings, train=short), table=None, method="none")[0]
+    expected = flatten(in_float.params)
+    for path, leaf in flatten(found).items():
+        if not path.endswith("/scale"):
+            np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_no_checkpoint_without_its_clamps_is_the_best(train, settings):
+    experiment = dataclasses.replace(
+        settings,
+        train=dataclasses.replace(
+            settings.train, start_step=1, num_steps=2, eval_every=1, eval_sequences=4
+        ),
+        checkpoint=dataclasses.replace(settings.checkpoint, keep_best=1, keep_last=2),
+    )
+    folder = train(experiment)[1] / "checkpoints"
+    metrics = [json.loads(f.read_text())["metric"] for f in folder.glob("0*/checkpoint.json")]
+    assert len(metrics) == 2 and metrics.count(None) == 1 and best_step(folder) == 2
