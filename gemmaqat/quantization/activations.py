@@ -60,13 +60,14 @@ def _forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, scale = saved
-    _, ratio = _ratio(x, scale)
     off = _is_off(scale, x.ndim)
+    # Of the rounded scale, in float32: bfloat16 holds neither the distance to a code, which is
+    # most of the slope, nor the sum of so many terms.
+    _, ratio = _ratio(x.astype(jnp.float32), scale.astype(x.dtype).astype(jnp.float32))
     inside = (ratio >= LOWEST) & (ratio <= HIGHEST)
     to_x = jnp.where(inside | off, gradient, 0)
     slope = jnp.where(inside, jnp.round(ratio) - ratio, jnp.clip(ratio, LOWEST, HIGHEST))
-    # In float32: a sum of so many terms in bfloat16 would lose most of them.
-    total = jnp.sum(jnp.where(off, 0, slope).astype(jnp.float32) * gradient.astype(jnp.float32))
+    total = jnp.sum(jnp.where(off, 0, slope) * gradient.astype(jnp.float32))
     return to_x, (total / np.sqrt(HIGHEST * max(x.size, 1))).astype(scale.dtype)
 
 

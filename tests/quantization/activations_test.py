@@ -107,6 +107,16 @@ def test_gradient_of_the_scale_is_that_of_lsq():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_gradient_of_the_scale_in_bfloat16_is_that_of_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(0, 12, 4_096), jnp.bfloat16)
+    g = jnp.asarray(rng.normal(size=4_096), jnp.bfloat16)
+    slope = jax.grad(lambda s, x, g: jnp.sum((g * quantize_statically(x, s)).astype(jnp.float32)))
+    wide = (x.astype(jnp.float32), g.astype(jnp.float32))
+    scale = jnp.float32(0.1).astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(slope(scale, x, g), slope(scale, *wide), rtol=1e-5)
+
+
 def test_prepare_fills_the_hook_points_and_these_alone(model, table):
     prepared = prepare(model, table)
     expected = {f"layers/{i}/{path}" for i in range(4) for path in OF_EVERY_LAYER}
