@@ -281,7 +281,12 @@ def _model_config(experiment: Experiment) -> ModelConfig:
 def _resolve(experiment: Experiment, config: ModelConfig, *, recipe: str = "") -> Table:
     """The quantization table of a model that exists as shapes only."""
     section = experiment.quantization
-    return resolve(recipe or section.recipe, abstract_model(config), rules=section.rules)
+    return resolve(
+        recipe or section.recipe,
+        abstract_model(config),
+        rules=section.rules,
+        calibration=section.calibration_method,
+    )
 
 
 def _load(

@@ -309,7 +309,8 @@ class _Contest:
                 yield Arm(name, recipe, lambda: train(recipe, name, table), table)  # noqa: B023
 
     def _table(self, recipe: str, model: Gemma4) -> Table:
-        return resolve(recipe, model, rules=self.experiment.quantization.rules)
+        section = self.experiment.quantization
+        return resolve(recipe, model, rules=section.rules, calibration=section.calibration_method)
 
     def _fit(
         self,
@@ -393,4 +394,5 @@ def _of_size(experiment: Experiment, size: str) -> Experiment:
 def _resolve(experiment: Experiment, recipe: str, model: Gemma4) -> Table | None:
     if recipe == "none" and not experiment.quantization.rules:
         return None
-    return resolve(recipe, model, rules=experiment.quantization.rules)
+    section = experiment.quantization
+    return resolve(recipe, model, rules=section.rules, calibration=section.calibration_method)

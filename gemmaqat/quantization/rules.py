@@ -4,6 +4,7 @@ The counterpart in qwix matches rules where ops run; here they match parameters,
 missed: each parameter is quantized by a named rule or listed with the reason why it is not.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from gemmaqat.quantization import trees
 from gemmaqat.quantization.activation_rules import resolve_activations
 from gemmaqat.quantization.grid import LARGEST_BLOCK, NAMED_GRIDS, SMALLEST_BLOCK, Grid
 from gemmaqat.quantization.recipes import recipe
+from gemmaqat.quantization.rule import ACTIVATION_FIELDS
 from gemmaqat.quantization.rule import Rule as Rule
 from gemmaqat.quantization.rule import as_rule as as_rule
 from gemmaqat.quantization.table import Entry as Entry
@@ -25,7 +27,9 @@ from gemmaqat.typing import Params
 WEIGHT_NAMES = ("weight", "kernel", "embedding")
 
 
-def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) -> Table:
+def resolve(
+    rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = (), calibration: str = ""
+) -> Table:
     """What happens to every parameter. Arrays may be abstract: nothing is computed.
 
     Args:
@@ -39,6 +43,7 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
             the model or its state and use that table for the dict. Rules about activations need
             the model itself, for hook points are modules.
         rules: tried before `rules_or_recipe`; first match wins.
+        calibration: method for all activations in the place of the rules' own; "" = theirs.
 
     Raises:
         ValueError: an unknown recipe, field or value; a rule that matches nothing; a block that
@@ -58,6 +63,10 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
             as_rule(rule, where=place)
             for rule, place in zip(rules_or_recipe, places[len(own) :], strict=True)
         ]
+    if calibration:
+        own, following = (
+            [_calibrated_by(calibration, r) for r in part] for part in (own, following)
+        )
     chain = own + following
     entries = tuple(
         _resolve_one(path, value, metadata, chain, places)
@@ -70,6 +79,12 @@ def resolve(rules_or_recipe: Any, params: Params, *, rules: Sequence[Any] = ()) 
     _expect_all_used(own if named else chain, chain, places, entries, used)
     words = tuple(_in_words(rule) for rule in chain)
     return Table(entries, words, rules_or_recipe if named else "", activations)
+
+
+def _calibrated_by(method: str, rule: Rule) -> Rule:
+    if not any(getattr(rule, field) for field in ACTIVATION_FIELDS):
+        return rule
+    return dataclasses.replace(rule, act_calibration_method=method)
 
 
 def _resolve_one(

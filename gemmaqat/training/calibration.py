@@ -46,5 +46,5 @@ def calibrated(
         for batch in itertools.islice(loader, settings.calibration_batches)
     ]
     model = nnx.merge(graphdef, fake_quantize(params, table))
-    found = activation_scales(calibrate(model, table, batches, method=settings.calibration_method))
+    found = activation_scales(calibrate(model, table, batches))
     return with_scales(params, {path: found[path] for path in missing})

@@ -92,7 +92,12 @@ def train(
     check_vocabulary(loader.tokenizer, model.config.vocab_size)
     quantized = experiment.train.method != "none" and experiment.quantization.recipe != "none"
     table = (
-        resolve(experiment.quantization.recipe, model, rules=experiment.quantization.rules)
+        resolve(
+            experiment.quantization.recipe,
+            model,
+            rules=experiment.quantization.rules,
+            calibration=experiment.quantization.calibration_method,
+        )
         if quantized
         else None
     )

@@ -131,3 +131,10 @@ def test_a_table_without_activations_is_written_as_before(model):
     data = resolve("int8", model).to_json()
     assert data["format_version"] == 1 and "activations" not in data
     assert resolve([dict(**W8A8)], model).to_json()["format_version"] == 2
+
+
+def test_another_calibration_is_told_by_the_table_in_entries_and_words():
+    small = Gemma4(model_config("e2b_mini"), rngs=None)
+    table = resolve("mobile_e2b_mini", small, calibration="percentile,99")
+    assert {e.calibration for e in table.activations} == {"percentile,99"}
+    assert "percentile,99" in table.render() and "absmax" not in table.render()
