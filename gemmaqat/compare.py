@@ -141,6 +141,11 @@ def check(config: ConfigDict | Experiment) -> None:
             f"config.compare.sizes: {settings.sizes} while model.checkpoint names one model; give "
             "its size alone."
         )
+    if experiment.evaluation.kv_caches:
+        raise ValueError(
+            f"config.evaluation.kv_caches: {experiment.evaluation.kv_caches} is for one model; "
+            "leave it empty to compare, and run `gemmaqat evaluate` on a finished arm with it."
+        )
     if "none" in settings.recipes:
         raise ValueError(
             "config.compare.recipes: 'none' is no quantization; the float arms are always there, "

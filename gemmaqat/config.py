@@ -175,6 +175,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.model.update(name=mini(config.model.name), checkpoint="", dtype="float32", remat="none")
     if f"{config.quantization.recipe}_mini" in RECIPES:
         config.quantization.recipe += "_mini"
+    config.compare.recipes = tuple(
+        f"{name}_mini" if f"{name}_mini" in RECIPES else name for name in config.compare.recipes
+    )
     config.data = ConfigDict(dataclasses.asdict(DataConfig(sequence_length=64, batch_size=4)))
     config.train.update(
         num_steps=2, start_step=min(config.train.start_step, 1), accumulation_steps=1, log_every=1,

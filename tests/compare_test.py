@@ -188,8 +188,9 @@ def test_a_bad_recipe_is_refused_before_anything_is_made(recipe, message, tmp_pa
             {"model.checkpoint": "a", "compare.sizes": (SIZE, "12b_mini")},
             "compare.sizes.*checkpoint names one model",
         ),
+        ({"evaluation.kv_caches": ("int8",)}, "evaluation.kv_caches.* run `gemmaqat evaluate`"),
     ],
-    ids=["start_step", "random base", "two sizes"],
+    ids=["start_step", "random base", "two sizes", "kv caches"],
 )
 def test_settings_that_make_no_comparison_are_refused(changes, message, tmp_path):
     bad = configs.tiny(configs.base(SIZE))

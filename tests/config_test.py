@@ -49,3 +49,12 @@ def test_the_best_checkpoint_needs_a_loss_to_be_best_by(without):
 @pytest.mark.parametrize("size", ["e2b_mini", "e2b"])
 def test_the_defaults_pass(size):
     configs.parse(configs.base(size))
+
+
+def test_tiny_takes_the_recipes_of_the_miniature_everywhere():
+    config = configs.base("e2b")
+    config.quantization.recipe = "mobile_e2b"
+    config.compare.recipes = ("int4_channel", "mobile_e2b")
+    small = configs.tiny(config)
+    assert small.quantization.recipe == "mobile_e2b_mini"
+    assert tuple(small.compare.recipes) == ("int4_channel", "mobile_e2b_mini")
