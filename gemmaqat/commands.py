@@ -155,6 +155,11 @@ def generate(options: Any) -> None:
         ]
     model = _load(source, dtype=options.dtype).model
     if _is_run(source):  # its weights are the float masters, not what would be shipped
+        if options.kv_cache == "static":
+            raise ValueError(
+                f"--kv_cache=static: {source} is a run, whose model is tried in float; give a "
+                "folder that `gemmaqat quantize` made of it, or --kv_cache=int8."
+            )
         model = without_activations(model)
     streamed = len(prompts) == 1
     result = generation.generate(

@@ -142,3 +142,9 @@ def test_a_run_saved_before_its_clamps_is_not_exported(arm, tmp_path, capsys):
         assert main(["gemmaqat", "export", *arguments]) == 2
     assert "train on, or run `gemmaqat quantize`" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_static_cache_of_a_run_is_refused_with_the_way_to_one(arm, capsys):
+    arguments = [f"--checkpoint={arm}", "--prompt=a", "--kv_cache=static"]
+    assert main(["gemmaqat", "generate", *arguments]) == 2
+    assert "give a folder that `gemmaqat quantize` made" in capsys.readouterr().err
