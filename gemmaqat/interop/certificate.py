@@ -143,11 +143,20 @@ class Certificate:
                 )
             known = {f.name: fields[f.name] for f in dataclasses.fields(cls)}
             tensors = tuple(CertifiedTensor(**tensor) for tensor in known.pop("tensors"))
+            for tensor in tensors:
+                _expect(tensor.kind in KINDS, f"{tensor.path!r} is of no known kind")
+                _expect(type(tensor.weights) is int, f"{tensor.path!r}: weights is no whole number")
+            _expect(isinstance(known["files"], dict), "files is no object")
             return cls(**known | {"tensors": tensors, "left_out": tuple(known["left_out"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: no certificate of this version ({error}); restore it from a copy."
             ) from None
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
 
 
 def certify(
@@ -251,8 +260,12 @@ def _compare(
 def _difference(left: ShippedTensor, right: ShippedTensor) -> float:
     largest = 0.0
     for start, stop, piece in pieces(left):
-        apart = values(left, piece) - values(right, right.read(start, stop))
-        largest = max(largest, float(np.max(np.abs(apart), initial=0.0)))
+        with np.errstate(invalid="ignore"):  # infinities less themselves
+            apart = values(left, piece) - values(right, right.read(start, stop))
+        found = float(np.max(np.abs(apart), initial=0.0))
+        if np.isnan(found):  # max() would pass over it
+            return float("inf")
+        largest = max(largest, found)
     return largest
 
 

@@ -77,6 +77,10 @@ def detect(path: str | Path) -> tuple[str, Path]:
         )
     for name, pattern in (("gguf", "*.gguf"), ("litert", "*.tflite")):
         if found := sorted(path.glob(pattern)):
+            if name == "gguf" and len(found) > 1:
+                raise ValueError(
+                    f"{path}: holds {found[0].name} and {found[1].name}; name the file itself."
+                )
             return name, (found[0] if name == "gguf" else path)
     if any((path / name / "_METADATA").is_file() for name in ("", "params", "default")):
         return "orbax", path
@@ -114,7 +118,12 @@ def _quant_method(config: Path) -> str:
         found = json.loads(config.read_text())
         section = found.get("quantization_config") or {}
         return str(section.get("quant_method") or "")
-    except (OSError, ValueError, AttributeError):  # its own reader will say what is wrong
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ):  # its own reader will say what is wrong
         return ""
 
 

@@ -190,7 +190,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch it again.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds no JSON object; fetch it again.")

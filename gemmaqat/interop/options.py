@@ -1,7 +1,8 @@
 """What a user may choose about an export, and what a writer tells of each tensor."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+import difflib
+from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["exact", "rescaled", "requantized", "kept", "carried"]
 KINDS: tuple[Kind, ...] = ("exact", "rescaled", "requantized", "kept", "carried")
@@ -61,3 +62,16 @@ class ExportOptions:
     prefill_lengths: tuple[int, ...] = (128,)
     cache_length: int = 1024
     dynamic_activations: bool = False
+
+    def __post_init__(self) -> None:
+        _expect("float_dtype", self.float_dtype, ("", "bfloat16", "float16", "float32"))
+        _expect("tables", self.tables, get_args(TableType))
+        if self.shard_bytes <= 0:
+            raise ValueError(f"shard_bytes={self.shard_bytes}: expected a number from 1 up.")
+
+
+def _expect(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        near = difflib.get_close_matches(found, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{name}={found!r} is not one of {', '.join(filter(None, known))}{hint}")

@@ -75,6 +75,10 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verified:
     if certificate is not None:
         _compare(path, artefact, found, certificate)
         _compare_files(beside.parent, certificate)
+        if certificate.contents_sha256 != contents_sha256:
+            raise ValueError(
+                f"{beside}: its contents hash is not that of the tensors; copy it again."
+            )
     if recorded and recorded != contents_sha256:
         raise ValueError(
             f"{path}: the tensors' hash is {contents_sha256[:16]}..., its header says "
@@ -124,6 +128,12 @@ def _compare(
 
 def _compare_files(folder: Path, certificate: Certificate) -> None:
     """Every file against the certificate: headers, tokenizer and configuration included."""
+    weights = (*folder.rglob("*.gguf"), *folder.rglob("*.safetensors"), *folder.rglob("*.tflite"))
+    unlisted = {str(file.relative_to(folder)) for file in weights} - certificate.files.keys()
+    if unlisted:
+        raise ValueError(
+            f"{folder / min(unlisted)}: not in the certificate; it is no part of the export."
+        )
     for name, digest in certificate.files.items():
         file = folder / name
         if not file.is_file():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from gemmaqat.interop import certificate as certificates
 from gemmaqat.interop import export as exports
 from gemmaqat.interop import formats, source
 from gemmaqat.interop.certificate import Certificate
@@ -268,3 +269,64 @@ def test_a_reader_out_of_order_is_hashed_all_the_same(converted):
     for start, stop in ((0, 100), (100, 128), (3, 9)):
         tensor.read(start, stop)
     assert observed.sha256(path) == tensor_sha256(plain)
+
+
+def test_values_that_are_no_numbers_are_different(converted):
+    tensor = source.of_model(*converted).tensors["norm/weight"]
+    broken = source.dataclasses.replace(
+        tensor, read=lambda a, b: np.full((b - a, tensor.row_length), np.nan, np.float32)
+    )
+    assert certificates._difference(tensor, broken) == float("inf")
+    assert certificates._difference(tensor, tensor) == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"float_dtype": "bf16"}, "did you mean 'bfloat16'"),
+        ({"float_dtype": "int8"}, "is not one of bfloat16, float16, float32"),
+        ({"shard_bytes": 0}, "shard_bytes=0: expected a number from 1 up"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExportOptions(**options)
+
+
+def _first(fields, **changes):
+    fields["tensors"][0] |= changes
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: f.update(files={}), "not in the certificate"),
+        (lambda f: f.update(files=[]), "files is no object"),
+        (lambda f: f.update(contents_sha256="0" * 64), "its contents hash is not"),
+        (lambda f: _first(f, kind="perfect"), "is of no known kind"),
+        (lambda f: _first(f, weights="7"), "no certificate of this version"),
+    ],
+)
+def test_an_edited_certificate_is_refused(copied, change, message):
+    path = copied("hf") / "certificate.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        verify(path.parent)
+
+
+@pytest.mark.parametrize("name", ["certificate.json", "config.json"])
+def test_endless_nesting_is_one_sentence(copied, name):
+    folder = copied("hf")
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=name):
+        verify(folder)
+
+
+def test_a_second_file_of_weights_is_refused(copied):
+    folder = copied("gguf")
+    (path,) = folder.glob("*.gguf")
+    shutil.copy(path, folder / "other.gguf")
+    with pytest.raises(ValueError, match="name the file itself"):
+        verify(folder)
