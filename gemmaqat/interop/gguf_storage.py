@@ -65,18 +65,19 @@ def choose(tensor: ShippedTensor, options: ExportOptions) -> Storage:
         ValueError: no type holds its grid and the options allow no other.
     """
     if len(tensor.shape) < 2 or tensor.path.endswith("router/proj/weight"):
-        return _floats(tensor, TYPES["F32"])
+        return _floats(tensor, TYPES["F32"], options)
     if tensor.path == MODEL_PROJECTION:
         note = "" if tensor.grid is None else "decoded: llama.cpp keeps this matrix in float"
-        return _floats(tensor, _float_type(tensor, options), note)
+        return _floats(tensor, _float_type(tensor, options), options, note)
     wanted = options.tables if tensor.path in TABLES else "as_is"
     if wanted in _FLOAT_OPTIONS:
         note = "" if tensor.grid is None else "decoded from its codes"
-        return _floats(tensor, TYPES[_FLOAT_OPTIONS[wanted]], note)
+        return _floats(tensor, TYPES[_FLOAT_OPTIONS[wanted]], options, note)
     if tensor.grid is None:
         if wanted == "as_is":
-            return _floats(tensor, _float_type(tensor, options))
-        return _requantized(tensor, *_fitting(tensor, TYPES[_BLOCK_OPTIONS[wanted]]))
+            return _floats(tensor, _float_type(tensor, options), options)
+        kind, note = _fitting(tensor, TYPES[_BLOCK_OPTIONS[wanted]])
+        return _requantized(tensor, kind, options, note)
     if wanted == "as_is":
         return _own_type(tensor, tensor.grid, options)
     return _given_type(tensor, tensor.grid, TYPES[_BLOCK_OPTIONS[wanted]], options)
@@ -93,7 +94,9 @@ def _float_type(tensor: ShippedTensor, options: ExportOptions) -> BlockType:
     return TYPES["BF16" if safe and grid.levels == "full" else "F32"]
 
 
-def _floats(tensor: ShippedTensor, kind: BlockType, note: str = "") -> Storage:
+def _floats(
+    tensor: ShippedTensor, kind: BlockType, options: ExportOptions, note: str = ""
+) -> Storage:
     dtype = blocks.FLOATS[kind.name]
 
     def encode(piece: Any) -> Encoded:
@@ -109,7 +112,12 @@ def _floats(tensor: ShippedTensor, kind: BlockType, note: str = "") -> Storage:
         if tensor.grid is None:
             return Encoded(raw, "kept")
         same = np.array_equal(stored.astype(np.float32), source)
-        return Encoded(raw, "exact" if same else "rescaled")
+        if not same and not options.allow_requantize:
+            raise ValueError(
+                f"{tensor.path}: code x scale of {tensor.grid.describe()} is not exact in "
+                f"{kind.name}; store it in float32 or allow requantizing (allow_requantize)."
+            )
+        return Encoded(raw, "exact" if same else "requantized")
 
     return Storage(tensor, kind, encode, note)
 
@@ -160,7 +168,7 @@ def _given_type(
             f"{tensor.path}: {grid.describe()} does not fit {kind.name}; leave tables='as_is', "
             "give the table a rule of that grid, or allow requantizing (allow_requantize)."
         )
-    return _requantized(tensor, kind, note)
+    return _requantized(tensor, kind, options, note)
 
 
 def _fitting(tensor: ShippedTensor, kind: BlockType) -> tuple[BlockType, str]:
@@ -243,10 +251,12 @@ def _q6_k(tensor: ShippedTensor, options: ExportOptions) -> Storage:
     return Storage(tensor, TYPES["Q6_K"], encode)
 
 
-def _requantized(tensor: ShippedTensor, kind: BlockType, note: str = "") -> Storage:
+def _requantized(
+    tensor: ShippedTensor, kind: BlockType, options: ExportOptions, note: str = ""
+) -> Storage:
     """New codes for a float table, or for one whose grid the type does not hold."""
     if kind.name in blocks.FLOATS:
-        return _floats(tensor, kind, note)
+        return _floats(tensor, kind, options, note)
 
     def encode(piece: Any) -> Encoded:
         return Encoded(quantize_rows(values(tensor, piece), kind), "requantized")

@@ -330,3 +330,11 @@ def test_a_second_file_of_weights_is_refused(copied):
     shutil.copy(path, folder / "other.gguf")
     with pytest.raises(ValueError, match="name the file itself"):
         verify(folder)
+
+
+def test_gguf_rounds_codes_to_floats_only_where_it_may(converted, tmp_path):
+    table = resolve("int8", model := Gemma4(converted[0].config, rngs=nnx.Rngs(0)))
+    packed = convert(model, table)
+    options = ExportOptions(float_dtype="bfloat16", allow_rescale=True)
+    with pytest.raises(ValueError, match=r"per_layer_model_projection/weight: code x scale"):
+        export(packed, tmp_path / "out", format="gguf", table=table, options=options)
