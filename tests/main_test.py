@@ -33,11 +33,6 @@ def get_config(size: str = "31b_mini"):
 """
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setenv("GEMMAQAT_COMPILATION_CACHE", "off")
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("experiments") / "small.py"
