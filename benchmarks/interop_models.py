@@ -29,8 +29,7 @@ SEQUENCES = 4
 
 SHAPES: dict[str, ModelConfig] = {
     "e2b": gq.model_config("e2b_mini"),
-    # e4b_mini itself shares keys after a sliding layer, as no released model does.
-    "e4b": gq.model_config("e4b_mini", num_kv_shared_layers=3),
+    "e4b": gq.model_config("e4b_mini"),
     "12b": gq.model_config("12b_mini"),
     # Of 8 experts llama.cpp's quantizer concludes that keys and values want 8 bits.
     "26b_a4b": gq.model_config("26b_a4b_mini", num_experts=16),

@@ -106,7 +106,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         head_dim=16,
         global_head_dim=32,
         layer_types=_pattern(3, 6),
-        num_kv_shared_layers=2,
+        num_kv_shared_layers=3,
         per_layer_dim=64,
     ),
     "12b_mini": dict(

@@ -33,7 +33,7 @@ pytestmark = [
 # The library shares keys from the last period before the shared layers, so whole periods share.
 MODELS = {
     "e2b": model_config("e2b_mini"),
-    "e4b": model_config("e4b_mini", num_kv_shared_layers=3),
+    "e4b": model_config("e4b_mini"),
     "26b_a4b": model_config("26b_a4b_mini"),
     "31b": model_config("31b_mini"),
 }

@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from gemmaqat.models.config import ModelConfig
+from gemmaqat.models.config import FULL, SLIDING, ModelConfig
 from gemmaqat.models.sizes import MINIATURES, SIZES, model_config
 from gemmaqat.models.transformer import Gemma4
 
@@ -34,6 +34,15 @@ def test_parameter_counts_equal_the_released_models(name, parameters, layers):
 @pytest.mark.parametrize("name", MINIATURES)
 def test_miniatures_stay_below_their_limit(name):
     assert count(name) <= 800_000
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sharing_begins_after_a_full_attention_layer(name):
+    """As in every released model: llama.cpp and google-deepmind/gemma read the pair before it."""
+    config = model_config(name)
+    if config.num_kv_shared_layers:
+        before = config.layer_types[config.first_shared_layer - 2 : config.first_shared_layer]
+        assert before == (SLIDING, FULL)
 
 
 def test_unknown_size_names_the_nearest():
