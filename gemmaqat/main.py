@@ -105,7 +105,8 @@ _VERBS = {
         (
             "checkpoint", "format", "workdir", "config", "float_dtype", "tables", "text_only",
             "allow_rescale", "allow_requantize", "packed_experts", "packed_tables",
-            "per_layer_scales", "shard_bytes",
+            "per_layer_scales", "shard_bytes", "stacked_layers", "prefill_lengths", "cache_length",
+            "dynamic_activations",
         ),
         "--checkpoint=runs/e2b --format=gguf --workdir=shipped/e2b",
     ),
@@ -177,6 +178,22 @@ _FLAGS: dict[str, Callable[..., Any]] = {
     ),
     "shard_bytes": functools.partial(
         flags.DEFINE_integer, default=5_000_000_000, help="Largest safetensors file."
+    ),
+    "stacked_layers": functools.partial(
+        flags.DEFINE_bool, default=False, help="orbax: one array per kind of layer."
+    ),
+    "prefill_lengths": functools.partial(
+        flags.DEFINE_multi_integer,
+        default=[128],
+        help="litert: tokens of a prefill signature; repeat for several signatures.",
+    ),
+    "cache_length": functools.partial(
+        flags.DEFINE_integer, default=1024, help="litert: positions of the key/value cache."
+    ),
+    "dynamic_activations": functools.partial(
+        flags.DEFINE_bool,
+        default=False,
+        help="litert: let the runtime quantize float activations; not what was evaluated.",
     ),
     "prompt": functools.partial(
         flags.DEFINE_multi_string, default=[], help="Text to continue; repeat for a batch."
@@ -350,11 +367,12 @@ def _verb_help(name: str) -> str:
     for flag in (*verb.flags, *_COMMON_FLAGS):
         if flag == "config":
             lines.append(
-                "  --config=FILE[:ARG]  The experiment; --config.x.y=VALUE changes a field."
+                "  --config=FILE[:ARG]    The experiment; --config.x.y=VALUE changes a field."
             )
             continue
         _FLAGS[flag](flag, flag_values=values)
-        lines.append(f"  --{flag:<18} {values[flag].help}")
+        said = values[flag].help.partition(";\n")[0]  # absl adds a line to those that repeat
+        lines.append(f"  --{flag:<20} {said}")
     return "\n".join([*lines, "", f"example: gemmaqat {name} {verb.example}"])
 
 

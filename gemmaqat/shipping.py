@@ -72,8 +72,11 @@ def _choices(section: ExportConfig, options: Any) -> ExportOptions:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
             raise ValueError(f"config.export.options: no field {key!r}; {hint}")
-    given = {key: options[key].value for key in known if key in options and options[key].present}
-    return ExportOptions(**{**section.options, **given})
+    given = {key: options[key].value for key in known if options[key].present}
+    chosen = {**section.options, **given}
+    if "prefill_lengths" in chosen:  # a list from a flag, or from the saved config of a run
+        chosen["prefill_lengths"] = tuple(chosen["prefill_lengths"])
+    return ExportOptions(**chosen)
 
 
 def _shipment(source: Path, options: Any) -> Shipment:

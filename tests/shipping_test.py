@@ -1,5 +1,6 @@
 """`gemmaqat export` and `verify`: from a run to a file that is proved, and no half of one."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gemmaqat.interop.options import ExportOptions
 from gemmaqat.main import main
 
 GOLDEN = Path(__file__).parent / "golden" / "gemma4"
@@ -96,6 +98,13 @@ def test_a_disk_that_fills_leaves_nothing_under_the_name(run, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_choice_of_an_export_is_a_flag_of_one_line(capsys):
+    assert main(["gemmaqat", "export", "--help"]) == 0
+    page = capsys.readouterr().out
+    for field in dataclasses.fields(ExportOptions):
+        assert re.search(rf"^  --{field.name} +\S.*\.$", page, re.MULTILINE), field.name
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -109,11 +118,19 @@ def test_a_disk_that_fills_leaves_nothing_under_the_name(run, capsys, tmp_path):
             ["export", "CONFIG", f"--checkpoint={GOLDEN / '31b'}", "--format=ggfu", "--workdir=x"],
             "did you mean 'gguf'",
         ),
+        (
+            [
+                "export", "CONFIG", "--config.quantization.recipe=int8", "--format=litert",
+                f"--checkpoint={GOLDEN / '31b'}", "--workdir=x",
+                "--prefill_lengths=64", "--prefill_lengths=16", "--cache_length=32",
+            ],
+            "prefill_lengths (64, 16) must be one or more numbers between 1 and cache_length (32)",
+        ),
         (["verify", "--checkpoint=no/file"], "no/file: no such file or folder"),
         (["verify", f"--checkpoint={GOLDEN / '31b'}"], "nothing to compare it with"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_a_mistake_is_one_sentence(capsys, config, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [config if a == "CONFIG" else a for a in arguments]
