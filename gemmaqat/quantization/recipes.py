@@ -2,7 +2,7 @@
 
 Every recipe keeps the router in float (its top-k decisions are discrete) and, without the suffix
 `_emb`, the token and per-layer embedding tables. Norms and scalars are no matrices and stay float
-by themselves. The `mobile_*` recipes (see `mobile.py`) belong to one size each.
+by themselves. The `mobile_*` recipes (see `mobile.py`) belong to one size each and refuse others.
 """
 
 import difflib

@@ -16,6 +16,7 @@ from gemmaqat.packed import Order
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.activation_rules import resolve_activations
 from gemmaqat.quantization.grid import LARGEST_BLOCK, NAMED_GRIDS, SMALLEST_BLOCK, Grid
+from gemmaqat.quantization.mobile import MOBILE, check_size
 from gemmaqat.quantization.recipes import recipe
 from gemmaqat.quantization.rule import ACTIVATION_FIELDS
 from gemmaqat.quantization.rule import Rule as Rule
@@ -47,7 +48,8 @@ def resolve(
 
     Raises:
         ValueError: an unknown recipe, field or value; a rule that matches nothing; a block that
-            does not divide its axis; modules that share an input and disagree on it.
+            does not divide its axis; a mobile recipe on a model of another size; modules that
+            share an input and disagree on it.
     """
     own = [as_rule(rule, where=f"quantization.rules[{i}]") for i, rule in enumerate(rules)]
     named = isinstance(rules_or_recipe, str)
@@ -68,9 +70,13 @@ def resolve(
             [_calibrated_by(calibration, r) for r in part] for part in (own, following)
         )
     chain = own + following
+    weights = trees.weights(params)
+    if named and rules_or_recipe in MOBILE:
+        shapes = {path: tuple(value.shape) for path, (value, _) in weights.items()}
+        check_size(rules_or_recipe, shapes, own)
     entries = tuple(
         _resolve_one(path, value, metadata, chain, places)
-        for path, (value, metadata) in trees.weights(params).items()
+        for path, (value, metadata) in weights.items()
         if not trees.is_activation_scale(metadata)
     )
     activations = resolve_activations(params, chain, places)

@@ -79,6 +79,33 @@ def test_every_linear_has_both_activations_and_the_head_none(size):
     assert constants.pop("v") == 6 / 127 and set(constants.values()) == {None}
 
 
+OTHERS = [(recipe, size) for recipe in SIZES for size in SIZES if recipe != size]
+
+
+@pytest.mark.parametrize(("recipe", "size"), [*OTHERS, ("e4b", "12b"), ("e2b_mini", "31b_mini")])
+def test_another_size_is_refused_and_told_its_recipe(recipe, size):
+    model = abstract_model(model_config(size))
+    way_out = f"use 'mobile_{size}'" if size in SIZES else "use a recipe for all sizes"
+    message = rf"recipe 'mobile_{recipe}' is of another size: its .*; {way_out}, or decide"
+    with pytest.raises(ValueError, match=message):
+        resolve(f"mobile_{recipe}", model)
+
+
+def test_what_own_rules_decide_may_be_of_any_size():
+    e2b = abstract_model(model_config("e2b_mini"))
+    with pytest.raises(ValueError, match="wider MLPs are in no layer, .* model in layers 2 to 3"):
+        resolve("mobile_e4b_mini", e2b)
+    mlps = dict(module_path=r"layers/[23]/mlp/.*", weight_qtype="int4")
+    assert resolve("mobile_e4b_mini", e2b, rules=[mlps])["layers/3/mlp/up_proj/weight"].rule == 0
+
+    wide = abstract_model(model_config("e2b_mini", per_layer_dim=128))
+    with pytest.raises(ValueError, match="has 64 values per layer, that of this model 128"):
+        resolve("mobile_e2b_mini", wide)
+    own = dict(module_path="embed_tokens_per_layer", weight_qtype="int4")
+    table = resolve("mobile_e2b_mini", wide, rules=[own])
+    assert table["embed_tokens_per_layer/weight"].rule == 0
+
+
 @pytest.fixture(scope="module")
 def converted():
     model = Gemma4(model_config("e2b_mini", vocab_size=1_024), rngs=nnx.Rngs(0))
