@@ -18,12 +18,12 @@ import numpy as np
 
 from gemmaqat.interop import activation_scales
 from gemmaqat.interop.bit_packing import pack_rows, packed_bytes
+from gemmaqat.interop.grid_metadata import grids_metadata
 from gemmaqat.interop.hf_folder import (
     Job,
     Layout,
     Progress,
     carried_linears,
-    grids_metadata,
     keep_float,
     layout_of,
     scalar,
@@ -32,13 +32,17 @@ from gemmaqat.interop.hf_folder import (
 )
 from gemmaqat.interop.options import ExportOptions, Written
 from gemmaqat.interop.safetensors_writer import Declared, SafetensorsWriter, dtype_name
-from gemmaqat.interop.shipment import Shipment, ShippedTensor
+from gemmaqat.interop.shipment import (
+    TOKEN_TABLE,
+    VOCABULARY_TABLES,
+    Shipment,
+    ShippedTensor,
+)
 from gemmaqat.interop.source import PIECE_BYTES
 from gemmaqat.quantization.grids import Grid
 
 QUANT_METHOD = "compressed-tensors"
 PACKED, PLAIN, MIXED, DENSE = "pack-quantized", "int-quantized", "mixed-precision", "dense"
-TABLES = ("embed_tokens/weight", "embed_tokens_per_layer/weight")
 
 
 class Scheme(NamedTuple):
@@ -139,7 +143,7 @@ def _plan_tensor(plan: _Plan, tensor: ShippedTensor) -> None:
         _check_levels(tensor)
     if ".experts." in module:
         _plan_experts(plan, tensor)
-    elif tensor.path in TABLES:
+    elif tensor.path in VOCABULARY_TABLES:
         _plan_table(plan, tensor)
     elif len(tensor.shape) == 2:
         clamps = _clamps(plan, tensor, module)
@@ -166,7 +170,7 @@ def _plan_table(plan: _Plan, tensor: ShippedTensor) -> None:
         return
     module = plan.layout.module(tensor.path)
     modules = [module]
-    if tensor.path == TABLES[0]:  # a packed table cannot be tied: the head gets its own copy
+    if tensor.path == TOKEN_TABLE:  # a packed table cannot be tied: the head gets its own copy
         modules.append("lm_head")
         plan.ignored.remove("lm_head")
         plan.layout.untie()
@@ -209,7 +213,9 @@ def _pack(
 
     def run(writer: SafetensorsWriter) -> Written:
         _write_rows(writer, tensor, 0, rows, list(modules), scheme, plan.progress)
-        note = "transformers 5.23 loads it with dequantize=True alone" * (tensor.path in TABLES)
+        note = "transformers 5.23 loads it with dequantize=True alone" * (
+            tensor.path in VOCABULARY_TABLES
+        )
         return Written(tensor.path, "exact", _stored(tensor.grid, scheme), note)
 
     plan.jobs.append(Job(declared, run))
@@ -315,7 +321,7 @@ def _quantization_config(plan: _Plan) -> dict[str, Any]:
     for number, scheme in enumerate([*(s for s, _ in counts.most_common()), *sorted(rest)]):
         names = [module for module, other in plan.schemes.items() if other == scheme]
         if number == 0:  # linears by their class; only tables are none
-            tables = {plan.layout.module(path) for path in TABLES}
+            tables = {plan.layout.module(path) for path in VOCABULARY_TABLES}
             names = ["Linear", *(name for name in names if name in tables)]
         groups[f"group_{number}"] = scheme.to_json(names)
     formats = {scheme.format for scheme in counts}

@@ -17,17 +17,12 @@ from gemmaqat.interop.compressed_tensors import (
     PACKED,
     PLAIN,
     QUANT_METHOD,
-    TABLES,
     num_words,
 )
-from gemmaqat.interop.quantized_folder import (
-    QuantizedFolder,
-    contradiction,
-    known_grids,
-    parse_grid,
-)
+from gemmaqat.interop.grid_metadata import contradiction, known_grids, parse_grid
+from gemmaqat.interop.quantized_folder import QuantizedFolder
 from gemmaqat.interop.safetensors_file import DTYPES, SafetensorsFile
-from gemmaqat.interop.shipment import Piece, Shipment
+from gemmaqat.interop.shipment import TOKEN_TABLE, VOCABULARY_TABLES, Piece, Shipment
 from gemmaqat.interop.source import by_matrix
 
 _FORMATS = (PACKED, PLAIN, "naive-quantized", "dense", "mixed-precision")
@@ -60,7 +55,7 @@ def read_compressed_tensors(path: Path) -> Shipment:
     """
     folder = QuantizedFolder(Path(path), QUANT_METHOD)
     groups = _groups(folder)
-    known = known_grids(folder)
+    known = known_grids(folder.metadata, str(folder.folder))
     for parameter, shape in folder.parameters.items():
         module = folder.module(parameter)
         if ".experts." in module:
@@ -72,7 +67,7 @@ def read_compressed_tensors(path: Path) -> Shipment:
             _quantize(folder, parameter, modules, rows, groups, known)
         else:
             folder.keep(parameter)
-        if len(shape) == 2 and parameter not in TABLES:
+        if len(shape) == 2 and parameter not in VOCABULARY_TABLES:
             _take_clamps(folder, parameter, module)
     _take_head(folder)
     rules = tuple(
@@ -208,7 +203,7 @@ def _take_clamps(folder: QuantizedFolder, parameter: str, module: str) -> None:
 
 def _take_head(folder: QuantizedFolder) -> None:
     """A separate head must be a copy of the table."""
-    table = folder.module(TABLES[0])
+    table = folder.module(TOKEN_TABLE)
     for leaf in ("weight_packed", "weight_scale", "weight_shape"):
         if f"lm_head.{leaf}" in folder:
             folder.same(f"lm_head.{leaf}", f"{table}.{leaf}")

@@ -20,12 +20,12 @@ import numpy as np
 
 from gemmaqat.interop import activation_scales
 from gemmaqat.interop.bit_packing import pack_rows, packed_bytes
+from gemmaqat.interop.grid_metadata import grids_metadata
 from gemmaqat.interop.hf_folder import (
     Job,
     Layout,
     Progress,
     carried_linears,
-    grids_metadata,
     keep_float,
     layout_of,
     scalar,
@@ -34,14 +34,19 @@ from gemmaqat.interop.hf_folder import (
 )
 from gemmaqat.interop.options import ExportOptions, Kind, Written
 from gemmaqat.interop.safetensors_writer import Declared, SafetensorsWriter
-from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
+from gemmaqat.interop.shipment import (
+    TOKEN_TABLE,
+    VOCABULARY_TABLES,
+    Piece,
+    Shipment,
+    ShippedTensor,
+)
 from gemmaqat.interop.source import pieces, values
 from gemmaqat.packed import storage_bits
 from gemmaqat.quantization.grid import CHANNEL, Grid
 from gemmaqat.quantization.grids import quantize
 
 QUANT_METHOD = "gemma"
-TOKEN_TABLE, PER_LAYER_TABLE = "embed_tokens/weight", "embed_tokens_per_layer/weight"
 HEAD = "lm_head"
 CLAMPS = ("input_activation_scale", "output_activation_scale")
 CACHES = {"k": "k_cache_scale", "v": "v_cache_scale"}  # by hook point
@@ -98,7 +103,7 @@ def write_gemma_mobile(
 
 def _plan_tensor(plan: _Plan, tensor: ShippedTensor) -> None:
     module = plan.layout.module(tensor.path)
-    is_table = tensor.path in (TOKEN_TABLE, PER_LAYER_TABLE)
+    is_table = tensor.path in VOCABULARY_TABLES
     if tensor.grid is None or ".experts." in module:  # experts are parameters, not linears
         if len(tensor.shape) == 2:
             plan.kept.append(module)
@@ -242,7 +247,7 @@ def _quantization_config(plan: _Plan) -> dict[str, Any]:
         names = [re.escape(module) for module, other in plan.bits.items() if other == bits]
         modules |= {rf"^{pattern}$": {"num_bits": bits} for pattern in _by_layer(names)}
     source = plan.layout.quantization_config  # of towers that are carried in this format
-    tables = {plan.layout.module(path) for path in (TOKEN_TABLE, PER_LAYER_TABLE)}
+    tables = {plan.layout.module(path) for path in VOCABULARY_TABLES}
     return {
         "quant_method": QUANT_METHOD,
         "num_bits": source.get("num_bits", 4),

@@ -17,18 +17,12 @@ from gemmaqat.interop.gemma_mobile import (
     CACHES,
     CLAMPS,
     HEAD,
-    PER_LAYER_TABLE,
     QUANT_METHOD,
-    TOKEN_TABLE,
 )
-from gemmaqat.interop.quantized_folder import (
-    QuantizedFolder,
-    contradiction,
-    known_grids,
-    parse_grid,
-)
+from gemmaqat.interop.grid_metadata import contradiction, known_grids, parse_grid
+from gemmaqat.interop.quantized_folder import QuantizedFolder
 from gemmaqat.interop.safetensors_file import SafetensorsFile
-from gemmaqat.interop.shipment import Piece, Shipment
+from gemmaqat.interop.shipment import TOKEN_TABLE, VOCABULARY_TABLES, Piece, Shipment
 from gemmaqat.packed import storage_bits
 
 _BITS = (2, 4, 8)
@@ -45,10 +39,10 @@ def read_gemma_mobile(path: Path) -> Shipment:
     """
     folder = QuantizedFolder(Path(path), QUANT_METHOD)
     bits = _known_bits(folder)
-    grids = known_grids(folder)
+    grids = known_grids(folder.metadata, str(folder.folder))
     for parameter, shape in folder.parameters.items():
         module = folder.module(parameter)
-        table = parameter in (TOKEN_TABLE, PER_LAYER_TABLE)
+        table = parameter in VOCABULARY_TABLES
         codes = f"{module}.embedding_quantized" if table else f"{module}.weight"
         scales = f"{module}.embedding_scale" if table else f"{module}.weight_scale"
         if len(shape) == 2 and codes in folder and folder.dtype(codes) in ("U8", "I8"):

@@ -2,7 +2,8 @@
 
 Q4_0, Q8_0 and Q6_K are grids of ours as they are. Q2_K has a scale and a minimum per 16 weights:
 where every minimum is twice (or one and a half times) its scale it is our 2-bit grid, else the
-tensor is read as floats.
+tensor is read as floats. In a file of ours the metadata tells the grid that was trained, with its
+wider blocks, its anchor and the bits of its scales.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -18,11 +20,12 @@ from gemmaqat.interop import gguf_model, hf
 from gemmaqat.interop.gguf_blocks import SUB_BLOCK, SUPERBLOCK, AffineSuperblocks
 from gemmaqat.interop.gguf_file import GgufFile, Info
 from gemmaqat.interop.gguf_tokenizer import SYNTHETIC, ExtractedFiles
+from gemmaqat.interop.grid_metadata import contradiction, known_grids, parse_grid
 from gemmaqat.interop.safetensors_writer import CONTENTS_KEY
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.planning.parameters import abstract_model
-from gemmaqat.quantization.grids import Grid
+from gemmaqat.quantization.grid import TENSOR, Grid
 from gemmaqat.quantization.rules import resolve
 from gemmaqat.quantization.table import Entry, Table
 
@@ -45,14 +48,14 @@ def read_gguf(path: str | Path) -> Shipment:
     file = GgufFile(_one_file(Path(path)))
     _check_whole(file)
     config = gguf_model.read_config(file)
-    model = abstract_model(config)
+    model, known = abstract_model(config), known_grids(file.metadata, str(file.path))
     entries, tensors = [], {}
     for entry in resolve("none", model).entries:
         name = gguf_model.tensor_name(entry.path)
         if name is None:  # an activation scale, which GGUF does not have
             continue
         info = _check_tensor(file, name, hf.stored_shape(entry.path, entry.shape))
-        tensor = _tensor(file, name, info, entry)
+        tensor = _tensor(file, name, info, entry, known.get(entry.path))
         tensors[entry.path] = tensor
         entries.append(_entry(entry, tensor, info))
     _account_for_rest(file, config)
@@ -100,7 +103,7 @@ def _check_tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> Info:
     return info
 
 
-def _tensor(file: GgufFile, name: str, info: Info, entry: Entry) -> ShippedTensor:
+def _tensor(file: GgufFile, name: str, info: Info, entry: Entry, fields: Any) -> ShippedTensor:
     grid, dtype = _GRIDS.get(info.kind.name), blocks.FLOATS.get(info.kind.name)
     if len(info.shape) < 2 and dtype is None:
         raise ValueError(
@@ -116,6 +119,10 @@ def _tensor(file: GgufFile, name: str, info: Info, entry: Entry) -> ShippedTenso
             return raw.view(stored)
     else:
         grid, decode = _read_q2_k(file, name, info)
+    if fields is not None:
+        where = f"{file.path}: {entry.path}"
+        told = parse_grid(fields, where)
+        grid, decode = told, _of_grid(told, grid, decode, info, where)
     last = int(np.prod(info.shape[:-1], dtype=np.int64)) if len(info.shape) > 1 else 1
 
     def read(start: int, stop: int) -> Any:
@@ -131,6 +138,40 @@ def _tensor(file: GgufFile, name: str, info: Info, entry: Entry) -> ShippedTenso
         dtype=dtype or np.dtype(np.float32),
         read=read,
     )
+
+
+def _of_grid(
+    grid: Grid, stored: Grid | None, decode: Callable[[np.ndarray], Any], info: Info, where: str
+) -> Callable[[np.ndarray], Piece]:
+    """Pieces of the grid that the metadata tells, from those of the block type.
+
+    Raises:
+        ValueError: the type holds no such grid; when a piece is read, these rows do not.
+    """
+    wrong = contradiction(where, grid, info.kind.name)
+    length = info.shape[-1]
+    if (
+        stored is None
+        or grid.bits > stored.bits
+        or (grid.levels == "half") != (stored.levels == "half")
+        or grid.block == TENSOR
+        or length % grid.divisor
+        or stored.num_blocks(length) % grid.num_blocks(length)
+    ):
+        raise wrong
+    dtype = jnp.dtype(grid.scale_dtype)
+
+    def read(raw: np.ndarray) -> Piece:
+        codes, scales = decode(raw)
+        repeated = scales.reshape(len(scales), grid.num_blocks(length), -1)
+        with np.errstate(over="ignore"):
+            once = repeated[:, :, 0].astype(dtype)
+        same = np.array_equal(np.broadcast_to(once[:, :, None], repeated.shape), repeated)
+        if not same or codes.min() < grid.lowest or codes.max() > grid.highest:
+            raise wrong
+        return Piece(codes, once)
+
+    return read
 
 
 def _pair_q4_0(raw: np.ndarray) -> Piece:

@@ -14,13 +14,13 @@ import numpy as np
 from gemmaqat.interop import gguf_blocks as blocks
 from gemmaqat.interop.gguf_blocks import SUB_BLOCK, SUPERBLOCK, TYPES, BlockType
 from gemmaqat.interop.options import ExportOptions, Kind
-from gemmaqat.interop.shipment import Piece, ShippedTensor
+from gemmaqat.interop.rounding import to_dtype
+from gemmaqat.interop.shipment import VOCABULARY_TABLES, Piece, ShippedTensor
 from gemmaqat.interop.source import values
 from gemmaqat.quantization import superblocks
 from gemmaqat.quantization.grids import CHANNEL, TENSOR, Grid, quantize
 from gemmaqat.quantization.recipes import recipe
 
-TABLES = ("embed_tokens/weight", "embed_tokens_per_layer/weight")
 MODEL_PROJECTION = "per_layer_model_projection/weight"
 _WORSE: dict[Kind, int] = {"exact": 0, "kept": 0, "rescaled": 1, "requantized": 2}
 _FLOAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -33,16 +33,22 @@ class Encoded(NamedTuple):
 
     raw: np.ndarray  # uint8 [R, bytes of a row]
     kind: Kind
+    note: str = ""
 
 
 @dataclasses.dataclass
 class Storage:
-    """The type of a tensor and its encoder; `kind` is the worst of the rows encoded so far."""
+    """The type of a tensor and its encoder; `kind` is the worst of the rows encoded so far.
+
+    With `keeps_grid` the codes and scales that are stored are those of the tensor's own grid, or
+    the encoder raises; without it, that shows while encoding.
+    """
 
     tensor: ShippedTensor
     type: BlockType
     encoder: Callable[[Any], Encoded]
     note: str = ""
+    keeps_grid: bool = False
     kind: Kind = "exact"
 
     @property
@@ -52,9 +58,11 @@ class Storage:
 
     def encode(self, piece: Any) -> np.ndarray:
         """Bytes of what `tensor.read` gave."""
-        raw, kind = self.encoder(piece)
+        raw, kind, note = self.encoder(piece)
         if _WORSE[kind] >= _WORSE[self.kind]:
             self.kind = kind
+        if note not in self.note:
+            self.note = "; ".join(filter(None, (self.note, note)))
         return raw
 
 
@@ -69,7 +77,7 @@ def choose(tensor: ShippedTensor, options: ExportOptions) -> Storage:
     if tensor.path == MODEL_PROJECTION:
         note = "" if tensor.grid is None else "decoded: llama.cpp keeps this matrix in float"
         return _floats(tensor, _float_type(tensor, options), options, note)
-    wanted = options.tables if tensor.path in TABLES else "as_is"
+    wanted = options.tables if tensor.path in VOCABULARY_TABLES else "as_is"
     if wanted in _FLOAT_OPTIONS:
         note = "" if tensor.grid is None else "decoded from its codes"
         return _floats(tensor, TYPES[_FLOAT_OPTIONS[wanted]], options, note)
@@ -100,24 +108,9 @@ def _floats(
     dtype = blocks.FLOATS[kind.name]
 
     def encode(piece: Any) -> Encoded:
-        source = values(tensor, piece) if tensor.grid is not None else np.asarray(piece)
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(source, dtype)
-        if kind.name == "F16" and np.any(np.isinf(stored) & np.isfinite(source)):
-            raise ValueError(
-                f"{tensor.path}: holds values beyond float16's 65504; export it in bfloat16 "
-                "(float_dtype='bfloat16')."
-            )
-        raw = stored.view(np.uint8).reshape(len(stored), -1)
-        if tensor.grid is None:
-            return Encoded(raw, "kept")
-        same = np.array_equal(stored.astype(np.float32), source)
-        if not same and not options.allow_requantize:
-            raise ValueError(
-                f"{tensor.path}: code x scale of {tensor.grid.describe()} is not exact in "
-                f"{kind.name}; store it in float32 or allow requantizing (allow_requantize)."
-            )
-        return Encoded(raw, "exact" if same else "requantized")
+        stored, result, rounded = to_dtype(tensor, piece, dtype, options)
+        raw = np.ascontiguousarray(stored).view(np.uint8)
+        return Encoded(raw.reshape(len(stored), -1), result, rounded)
 
     return Storage(tensor, kind, encode, note)
 
@@ -208,7 +201,8 @@ def _block_32(
         stored = np.repeat(stored, codes.shape[1] // 32 // stored.shape[1], axis=1)
         return Encoded(function(codes, stored), "rescaled" if half else result)
 
-    return Storage(tensor, kind, encode, note)
+    halves = grid.scale_dtype == "float16" or not options.allow_rescale
+    return Storage(tensor, kind, encode, note, keeps_grid=halves and not half)
 
 
 def _q2_k(tensor: ShippedTensor, grid: Grid, options: ExportOptions) -> Storage:
@@ -225,7 +219,7 @@ def _q2_k(tensor: ShippedTensor, grid: Grid, options: ExportOptions) -> Storage:
         )
         return Encoded(blocks.encode_q2_k(rows), result)
 
-    return Storage(tensor, TYPES["Q2_K"], encode)
+    return Storage(tensor, TYPES["Q2_K"], encode, keeps_grid=not options.allow_rescale)
 
 
 def _q6_k(tensor: ShippedTensor, options: ExportOptions) -> Storage:
@@ -248,7 +242,7 @@ def _q6_k(tensor: ShippedTensor, options: ExportOptions) -> Storage:
             )
         return Encoded(quantize_rows(values(tensor, piece), TYPES["Q6_K"]), "requantized")
 
-    return Storage(tensor, TYPES["Q6_K"], encode)
+    return Storage(tensor, TYPES["Q6_K"], encode, keeps_grid=not options.allow_requantize)
 
 
 def _requantized(

@@ -17,12 +17,14 @@ from absl import logging
 
 import gemmaqat
 from gemmaqat.interop import gguf_model
-from gemmaqat.interop.gguf_storage import TABLES, Storage, choose
+from gemmaqat.interop.gguf_storage import Storage, choose
 from gemmaqat.interop.gguf_tokenizer import tokenizer_metadata
+from gemmaqat.interop.grid_metadata import grids_metadata
 from gemmaqat.interop.options import ExportOptions, Written
 from gemmaqat.interop.safetensors_writer import CONTENTS_KEY, NO_CONTENTS
-from gemmaqat.interop.shipment import Shipment, ShippedTensor
+from gemmaqat.interop.shipment import VOCABULARY_TABLES, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
+from gemmaqat.quantization.grid import TENSOR, Grid
 
 NO_CLAMPS = "without the activation clamps it was evaluated with"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q6_K": 18, "BF16": 32}
@@ -134,6 +136,7 @@ def _general(
         "gemmaqat.version": gemmaqat.__version__,
         CONTENTS_KEY: NO_CONTENTS,
         gguf_model.STOP_IDS: list(shipment.config.stop_ids),
+        **grids_metadata(_grids(storages)),
     }
     if shipment.table.recipe:
         metadata["gemmaqat.recipe"] = shipment.table.recipe
@@ -142,6 +145,12 @@ def _general(
     if quantized:
         metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     return metadata
+
+
+def _grids(storages: Mapping[str, Storage]) -> dict[str, Grid]:
+    """The grids that block types keep; blocks of one scale per tensor are read as blocks."""
+    tensors = [storage.tensor for storage in storages.values() if storage.keeps_grid]
+    return {t.path: t.grid for t in tensors if t.grid is not None and t.grid.block != TENSOR}
 
 
 def _size_label(shipment: Shipment) -> str:
@@ -159,7 +168,7 @@ def _main_type(storages: Mapping[str, Storage]) -> str:
     count: Counter[str] = Counter()
     for storage in storages.values():
         tensor = storage.tensor
-        if len(tensor.shape) > 1 and tensor.path not in TABLES:
+        if len(tensor.shape) > 1 and tensor.path not in VOCABULARY_TABLES:
             count[storage.type.name] += tensor.num_weights
     return count.most_common(1)[0][0]
 

@@ -17,14 +17,12 @@ import numpy as np
 
 from gemmaqat.interop import hf
 from gemmaqat.interop.options import ExportOptions, Kind, Written
+from gemmaqat.interop.rounding import to_dtype
 from gemmaqat.interop.safetensors_writer import Declared, SafetensorsWriter, dtype_name
 from gemmaqat.interop.shipment import CarriedTensor, Shipment, ShippedTensor
-from gemmaqat.interop.source import PIECE_BYTES, pieces, values
-from gemmaqat.quantization.grid import Grid
+from gemmaqat.interop.source import PIECE_BYTES, pieces
 
 Progress = Callable[[int], None]  # told the number of weights just written
-
-GRIDS_KEY = "gemmaqat.grids"  # in the header of files
 
 # Modules of the unified 12B whose tensors have other names than transformers' modules.
 _RENAMED = {
@@ -123,8 +121,7 @@ def keep_float(
     """Writes a tensor as floats; a quantized one as the values of its grid.
 
     Raises, when run:
-        ValueError: the float dtype cannot hold a value of the grid exactly, and requantizing is
-            not allowed.
+        ValueError: as `rounding.to_dtype`.
     """
     dtype = np.dtype(tensor.dtype)
     if options.float_dtype and len(tensor.shape) >= 2:
@@ -132,34 +129,19 @@ def keep_float(
     declared = Declared(name, dtype_name(dtype), tensor.shape)
 
     def run(writer: SafetensorsWriter) -> Written:
-        rounded = False
-        for _, _, piece in pieces(tensor):
-            found = values(tensor, piece)
-            with np.errstate(over="ignore"):  # an infinity shows as rounded
-                stored = found.astype(dtype)
-            if not rounded:
-                rounded = not np.array_equal(stored.astype(np.float32), found, equal_nan=True)
-            if rounded and tensor.grid is not None and not options.allow_requantize:
-                raise _not_exact(tensor, dtype)
-            writer.write(name, stored)
+        kind: Kind = "kept"
+        note = ""
+        for start, stop, piece in pieces(tensor):
+            stored = to_dtype(tensor, piece, dtype, options)
+            writer.write(name, stored.values)
+            if not note:  # the first rounding stays
+                kind, note = stored.kind, stored.note
             if progress:
-                progress(len(found) * tensor.row_length)
-        note = f"rounded to {dtype.name}" if rounded else ""
-        if tensor.grid is None:
-            return Written(tensor.path, "kept", declared.dtype, note)
-        kind: Kind = "requantized" if rounded else "exact"
-        return Written(tensor.path, kind, f"{declared.dtype} on the grid", note)
+                progress((stop - start) * tensor.row_length)
+        where = "" if tensor.grid is None else " on the grid"
+        return Written(tensor.path, kind, declared.dtype + where, note)
 
     return Job([declared], run)
-
-
-def _not_exact(tensor: ShippedTensor, dtype: np.dtype) -> ValueError:
-    assert tensor.grid is not None
-    return ValueError(
-        f"{tensor.path}: code x scale of {tensor.grid.describe()} is not exact in {dtype.name}; "
-        "use scales of fewer significant bits (scale_bits=5 for 4-bit codes), a float_dtype of "
-        "float32, or allow requantizing."
-    )
 
 
 def _carry(tensor: CarriedTensor) -> Job:
@@ -200,14 +182,6 @@ def carried_linears(layout: Layout) -> list[str]:
         for old, new in _RENAMED.items()
         if module.startswith(old)
     ]
-
-
-def grids_metadata(grids: Mapping[str, Grid]) -> dict[str, str]:
-    """The grids of parameters, which say more than bits and blocks; readers find them again."""
-    known = list(dict.fromkeys(grids.values()))
-    fields = [dataclasses.asdict(grid) for grid in known]
-    numbers = {path: known.index(grid) for path, grid in grids.items()}
-    return {GRIDS_KEY: json.dumps({"grids": fields, "parameters": numbers})}
 
 
 def without_foreign(layout: Layout, quant_method: str) -> Layout:

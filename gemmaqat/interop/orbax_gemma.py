@@ -21,11 +21,12 @@ from absl import logging
 
 from gemmaqat.interop import hf
 from gemmaqat.interop.hf_folder import layout_of
-from gemmaqat.interop.options import ExportOptions, Written
+from gemmaqat.interop.options import ExportOptions, Kind, Written
 from gemmaqat.interop.orbax_tree import Leaf, canonical, leaves, period, stacked_name
+from gemmaqat.interop.rounding import Rounded, to_dtype
 from gemmaqat.interop.safetensors_writer import dtype_name
-from gemmaqat.interop.shipment import CarriedTensor, Shipment, ShippedTensor
-from gemmaqat.interop.source import companions, pieces, values
+from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Shipment, ShippedTensor
+from gemmaqat.interop.source import companions, pieces
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import SIZES, model_config
 from gemmaqat.planning.parameters import abstract_model
@@ -159,10 +160,9 @@ def _leaf_array(
     for path in leaf.paths:
         if leaf.read:
             tensor = shipment.tensors[path]
-            array, note = _floats(tensor, options, progress)
-            kind = "kept" if tensor.grid is None else ("requantized" if note else "exact")
+            array, kind, note = _floats(tensor, options, progress)
             where = dtype_name(array.dtype) + ("" if tensor.grid is None else " on the grid")
-            written.append(Written(path, kind, where, note))  # type: ignore[arg-type]
+            written.append(Written(path, kind, where, note))
         else:
             array = _unused(shipment, leaf, path, options, written)
         parts.append(leaf.to_part(array))
@@ -171,33 +171,27 @@ def _leaf_array(
 
 def _floats(
     tensor: ShippedTensor, options: ExportOptions, progress: Callable[[int], None] | None
-) -> tuple[np.ndarray, str]:
-    """All values of a tensor, `[R, K]`, and a note where the dtype rounds them."""
+) -> Rounded:
+    """All values of a tensor, `[R, K]`."""
     dtype = np.dtype(jnp.dtype(options.float_dtype) if options.float_dtype else tensor.dtype)
     out = np.empty((tensor.num_rows, tensor.row_length), dtype)
-    rounded = False
+    kind: Kind = "kept"
+    note = ""
     for start, stop, piece in pieces(tensor):
-        found = values(tensor, piece)
-        with np.errstate(over="ignore"):  # an infinity shows as rounded
-            out[start:stop] = found.astype(dtype)
-        back = out[start:stop].astype(np.float32)
-        rounded = rounded or not np.array_equal(back, found, equal_nan=True)
-        if rounded and tensor.grid is not None and not options.allow_requantize:
-            raise ValueError(
-                f"{tensor.path}: code x scale of {tensor.grid.describe()} is not exact in "
-                f"{dtype.name}; use scales of fewer significant bits (scale_bits=5 for 4-bit "
-                "codes), a float_dtype of float32, or allow requantizing."
-            )
+        stored = to_dtype(tensor, piece, dtype, options)
+        out[start:stop] = stored.values
+        if not note:  # the first rounding stays
+            kind, note = stored.kind, stored.note
         if progress:
             progress((stop - start) * tensor.row_length)
-    return out, f"rounded to {dtype.name}" if rounded else ""
+    return Rounded(out, kind, note)
 
 
 def _unused(
     shipment: Shipment, leaf: Leaf, path: str, options: ExportOptions, written: list[Written]
 ) -> np.ndarray:
     """Keys of a layer that shares: carried from the source, or filler (0, and 1 for the norm)."""
-    like = shipment.tensors["embed_tokens/weight"].dtype
+    like = shipment.tensors[TOKEN_TABLE].dtype
     dtype = np.dtype(jnp.dtype(options.float_dtype) if options.float_dtype else like)
     for name, tensor in shipment.carried.items():
         if name.endswith(hf.tensor_name(path)):

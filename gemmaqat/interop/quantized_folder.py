@@ -15,7 +15,6 @@ import numpy as np
 
 from gemmaqat.interop import hf
 from gemmaqat.interop.activation_scales import ActivationScales, from_metadata
-from gemmaqat.interop.hf_folder import GRIDS_KEY
 from gemmaqat.interop.safetensors_file import SafetensorsFile, SafetensorsFolder
 from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import companions, of_carried, of_file
@@ -213,39 +212,3 @@ class QuantizedFolder:
                 f"{quant_method!r}."
             )
         return section
-
-
-def known_grids(folder: QuantizedFolder) -> dict[str, Any]:
-    """The fields of the grids in the metadata, by parameter; nothing is known of them yet.
-
-    Raises:
-        ValueError: the metadata is damaged.
-    """
-    try:
-        found = json.loads(folder.metadata.get(GRIDS_KEY, "{}"))
-        grids = list(found.get("grids", []))
-        return {str(path): grids[number] for path, number in found.get("parameters", {}).items()}
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise ValueError(
-            f"{folder.folder}: the header's {GRIDS_KEY!r} is damaged; restore it from a copy."
-        ) from None
-
-
-def parse_grid(fields: Any, where: str) -> Grid:
-    """A grid from its fields.
-
-    Raises:
-        ValueError: they make none.
-    """
-    try:
-        return Grid(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: no grid that this library has ({error})") from None
-
-
-def contradiction(where: str, grid: Grid, found: str) -> ValueError:
-    """The error of a header that describes another grid than the tensors have."""
-    return ValueError(
-        f"{where}: the header says {grid.describe()}, the tensors have {found}; they do not belong "
-        "together."
-    )

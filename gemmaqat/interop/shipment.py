@@ -19,6 +19,9 @@ from gemmaqat.models.config import ModelConfig
 from gemmaqat.quantization.grids import Grid
 from gemmaqat.quantization.table import Table
 
+TOKEN_TABLE, PER_LAYER_TABLE = "embed_tokens/weight", "embed_tokens_per_layer/weight"
+VOCABULARY_TABLES = (TOKEN_TABLE, PER_LAYER_TABLE)
+
 
 class Piece(NamedTuple):
     """Some rows of a quantized tensor: value = level(code) * scale, in float32."""

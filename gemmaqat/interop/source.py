@@ -19,7 +19,7 @@ from flax import nnx
 from gemmaqat.interop import hf
 from gemmaqat.interop.packed_folder import load_packed, read_table
 from gemmaqat.interop.safetensors_file import SafetensorsFile
-from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTensor
+from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Piece, Shipment, ShippedTensor
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, pack
 from gemmaqat.planning.parameters import abstract_model
@@ -117,7 +117,7 @@ def of_folder(folder: str | Path, table: Table) -> Shipment:
     for activation in table.activations:  # off where nothing has calibrated it
         path = f"{activation.path}/{SCALE}"
         tensors[path] = _of_array(path, np.float32(activation.constant or 0))
-    table_is_kept = table.by_path["embed_tokens/weight"].grid is None
+    table_is_kept = table.by_path[TOKEN_TABLE].grid is None
     carried = {
         name: of_carried(opened.tensors.files[name], name)
         for name, reason in opened.rest.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ import pytest
 from gemmaqat.interop import hf
 from gemmaqat.interop.gguf_reader import read_gguf
 from gemmaqat.interop.gguf_writer import write_gguf
+from gemmaqat.interop.grid_metadata import GRIDS_KEY, grids_metadata
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.safetensors_writer import NO_CONTENTS
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
@@ -92,6 +94,7 @@ def test_every_tensor_of_a_topology_returns_with_its_codes_and_scales(tmp_path, 
             np.testing.assert_array_equal(found, whole(tensor).reshape(found.shape), name)
         else:
             assert kinds[name] == (name, "exact", "Q4_0", "")
+            assert again.grid == back.table[name].grid == tensor.grid  # anchor and all
             np.testing.assert_array_equal(found.codes, original.codes, name)
             np.testing.assert_array_equal(found.scales, original.scales, name)
 
@@ -204,6 +207,7 @@ def test_grids_go_exactly_into_the_smallest_type_that_holds_them(tmp_path, name)
         assert (kinds[weight].kind, kinds[weight].stored) == ("exact", stored)
         found, original = back.tensors[weight], made.tensors[weight]
         ours, theirs = original.read(0, 8), found.read(0, 8)
+        assert found.grid == original.grid or name == "tensor"  # then it comes back as blocks
         np.testing.assert_array_equal(theirs.codes, ours.codes)
         repeat = theirs.scales.shape[1] // ours.scales.shape[1]
         np.testing.assert_array_equal(
@@ -288,8 +292,44 @@ def test_a_table_on_the_anchored_lattice_is_exact_in_every_block_type(tmp_path, 
     for name in ("embed_tokens/weight", "embed_tokens_per_layer/weight"):
         assert kinds[name][1:3] == ("exact", table.upper())
         np.testing.assert_array_equal(whole(back.tensors[name]), whole(made.tensors[name]))
+        assert back.tensors[name].grid == made.tensors[name].grid
         codes = back.tensors[name].read(0, 9).codes
         np.testing.assert_array_equal(codes, made.tensors[name].read(0, 9).codes)
+
+
+@pytest.mark.parametrize(
+    "lie", [dict(bits=5), dict(levels="half", bits=2), dict(block=16), dict(block=TENSOR),
+            dict(bits=3), dict(block=0), dict(scale_dtype="bfloat16"), dict(block=7), "none", None]
+)  # fmt: skip
+def test_metadata_of_other_grids_than_the_tensors_have_are_refused(tmp_path, monkeypatch, lie):
+    made = shipment(CONFIGS["12b"], int4(tile_size=32))
+    rng = np.random.default_rng(0)
+    for name, tensor in made.tensors.items():  # scales of all the bits that float16 has
+        if tensor.grid is not None:
+            piece = tensor.read(0, tensor.num_rows)
+            odd = Piece(piece.codes, rng.random(piece.scales.shape).astype(np.float16))
+            read = lambda a, b, odd=odd: Piece(*(part[a:b] for part in odd))  # noqa: E731
+            made.tensors[name] = dataclasses.replace(tensor, read=read)
+    grids = {path: tensor.grid for path, tensor in made.tensors.items() if tensor.grid}
+    fields = json.loads(grids_metadata(grids)[GRIDS_KEY])
+    if isinstance(lie, dict):
+        fields["grids"] = [grid | lie for grid in fields["grids"]]
+    elif lie:
+        fields["grids"] = []
+    text = json.dumps(fields) if lie else "["
+    monkeypatch.setattr("gemmaqat.interop.gguf_writer.grids_metadata", lambda _: {GRIDS_KEY: text})
+    path, _ = written(made, tmp_path)
+    with pytest.raises(ValueError, match="do not belong together|no grid|'gemmaqat.grids'"):
+        for tensor in read_gguf(path).tensors.values():
+            tensor.read(0, tensor.num_rows)
+
+
+def test_a_file_without_the_metadata_is_read_as_the_grid_of_its_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemmaqat.interop.gguf_writer.grids_metadata", lambda _: {})
+    made = shipment(CONFIGS["12b"], "q4_0")
+    path, _ = written(made, tmp_path)
+    back = read_gguf(path).tensors["layers/0/mlp/up_proj/weight"]
+    assert back.grid == Grid(bits=4, block=32, scale_rule="ggml", scale_dtype="float16")
 
 
 def test_tables_may_be_written_decoded(tmp_path):
