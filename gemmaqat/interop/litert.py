@@ -32,6 +32,7 @@ from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.packed import storage_bits
+from gemmaqat.planning.parameters import abstract_parameters
 from gemmaqat.quantization.grids import Grid
 from gemmaqat.quantization.table import SCALE, Table
 
@@ -272,11 +273,15 @@ def _read_metadata(file: LiteRTFile) -> tuple[ModelConfig, Table]:
     try:
         found = json.loads(file.metadata["gemmaqat"])
         config = ModelConfig.from_hf(found["config"], name=found["name"], where=str(file.path))
-        return config, Table.from_json(found["table"])
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        table = Table.from_json(found["table"])
+        parameters = {path: like.shape for path, like in abstract_parameters(config).items()}
+        if {entry.path: entry.shape for entry in table.entries} != parameters:
+            raise ValueError("its model and its table do not belong together")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{file.path}: its metadata is damaged ({error!r}); copy the file again."
+            f"{file.path}: its metadata is damaged ({error}); copy the file again."
         ) from error
+    return config, table
 
 
 def _named_constants(file: LiteRTFile, wanted: Collection[str]) -> dict[str, Any]:

@@ -268,8 +268,10 @@ def _activation(entry: ActivationEntry) -> str:
 
 
 def _entry_from_json(data: Mapping[str, Any]) -> Entry:
-    grid = None if data["grid"] is None else Grid(**data["grid"])
-    return Entry(**{**data, "shape": tuple(data["shape"]), "grid": grid})
+    grid, shape = None if data["grid"] is None else Grid(**data["grid"]), tuple(data["shape"])
+    if not all(isinstance(length, int) for length in shape):
+        raise TypeError(f"shape {list(shape)} of {data['path']!r}")
+    return Entry(**{**data, "shape": shape, "grid": grid})
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

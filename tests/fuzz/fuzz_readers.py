@@ -34,7 +34,9 @@ from gemmaqat.interop.compressed_tensors_reader import read_compressed_tensors
 from gemmaqat.interop.gemma_mobile_reader import read_gemma_mobile
 from gemmaqat.interop.gguf_reader import read_gguf
 from gemmaqat.interop.hf_writer import read_hf, write_hf
+from gemmaqat.interop.litert import FILE, read_litert
 from gemmaqat.interop.options import ExportOptions
+from gemmaqat.interop.orbax_gemma import read_orbax, write_orbax
 from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
 from gemmaqat.interop.shipment import Shipment
 from gemmaqat.interop.source import of_model
@@ -123,6 +125,11 @@ def _make_packed(folder: Path) -> None:
     packed_folder.save_packed(convert(model, table), folder, table=table)
 
 
+def _make_litert(folder: Path) -> None:
+    """A file that is kept: its writer needs libraries of its own."""
+    shutil.copyfile(CORPUS.parents[1] / "golden" / "litert_tiny.tflite", folder / FILE)
+
+
 def _format(
     recipe: str, write: Callable[..., Any], read: Callable[[Path], Shipment], *modules: str
 ) -> Target:
@@ -149,6 +156,14 @@ TARGETS = {
         "gemma_mobile_reader.py", "quantized_folder.py", "hf.py", "hf_folder.py",
     ),
     "hf": _format("none", write_hf, read_hf, "hf.py", "hf_writer.py", "hf_folder.py"),
+    "orbax": _format(
+        "none", write_orbax, read_orbax, "orbax_gemma.py", "orbax_tree.py", "hf.py",
+    ),
+    "litert": Target(
+        _make_litert,
+        lambda folder: _read_all(read_litert(folder)),
+        ("litert.py", "litert_file.py", "table.py"),
+    ),
     "packed": Target(
         _make_packed,
         lambda folder: packed_folder.load_packed(folder) and None,

@@ -64,7 +64,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 def test_damaged_bytes_are_refused_or_read_but_never_crash(tmp_path):
     intact, random = TINY.read_bytes(), np.random.default_rng(0)
     path, refused = tmp_path / FILE, 0
-    for _ in range(200):
+    for _ in range(60):
         damaged = bytearray(intact)
         for place in random.integers(0, len(intact), 4):
             damaged[place] = random.integers(0, 256)
@@ -74,7 +74,7 @@ def test_damaged_bytes_are_refused_or_read_but_never_crash(tmp_path):
                 tensor.read(0, tensor.num_rows)
         except ValueError:
             refused += 1
-    assert refused > 20
+    assert refused > 5
 
 
 def test_both_signatures_share_one_copy_of_each_weight():
