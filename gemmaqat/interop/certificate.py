@@ -1,7 +1,17 @@
 """The certificate of an export: what became of each tensor, proved by reading the artefact back.
 
-It holds a hash of every tensor as the reader of the format finds it, so it proves that an artefact
-is the one that was written (integrity). It is not signed: it says nothing of who wrote it.
+How the proof hangs together, from the inside out:
+
+- `tensors` has a hash of every tensor as the reader of the format finds it (of the bytes of what is
+  carried), so a changed tensor is named;
+- `files` has a hash of every file, so a changed tokenizer, configuration or header is named;
+- `statements` has a hash of every other field of certificate.json, so an edited field is named;
+- the SHA-256 of certificate.json stands in the header of each file of weights, so that a whole
+  certificate cannot be exchanged; beside it stands the hash of the file itself, for a lone file
+  (see `seal`). Orbax has no such header.
+
+All this proves that nothing has changed since the export (integrity). It is not signed: whoever
+rewrites everything can recompute everything, so it says nothing of who wrote it (authorship).
 """
 
 import dataclasses
@@ -22,17 +32,18 @@ from gemmaqat.interop.hashes import (
     contents,
     tensor_sha256,
 )
-from gemmaqat.interop.options import KINDS, ExportOptions, Written
+from gemmaqat.interop.json_file import read_json
+from gemmaqat.interop.options import KINDS, QUANTIZED, ExportOptions, Written
 from gemmaqat.interop.progress import Pass
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces, values
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATEMENT = (
     "The hashes are those of the tensors as a reader of the format finds them. They prove that the "
     "artefact is the one this certificate was made for; they do not prove who made it."
 )
-_READ_BYTES = 1 << 24
+_STATEMENTS = "statements"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +77,11 @@ class Certificate:
         format: of the artefact.
         tensors: every tensor of it.
         left_out: tensors of the source that the artefact does not hold.
-        contents_sha256: one hash of all parameters in the artefact.
+        contents_sha256: one hash of all parameters in the artefact; evaluations record it, too.
         source_sha256: the same of the source.
         recipe, coverage, table: what was quantized, and how.
         options: of the export, where they are not the defaults.
-        files: SHA-256 of every file of the artefact, by name.
+        files: SHA-256 of every file of the artefact, by name; of files of weights as in `seal`.
         version, code_sha256: of the library that wrote it.
         provenance: of the source: hashes of config and data, and the evaluation that was made on
             exactly these parameters.
@@ -100,15 +111,20 @@ class Certificate:
 
     @property
     def exact_share(self) -> float:
-        """Share of the quantized weights whose codes and scales are those of the source."""
+        """Share of the quantized weights whose codes and scales are those of the source; 1 of 0."""
         count = self.weights
-        quantized = sum(count.get(kind, 0) for kind in ("exact", "rescaled", "requantized"))
+        quantized = sum(count.get(kind, 0) for kind in QUANTIZED)
         return count.get("exact", 0) / quantized if quantized else 1.0
 
     @property
     def headline(self) -> str:
         """One sentence."""
         parts = ", ".join(f"{number:,} {kind}" for kind, number in self.weights.items())
+        kept = [tensor for tensor in self.tensors if tensor.kind == "kept"]
+        if rounded := sum(tensor.weights for tensor in kept if tensor.max_difference):
+            parts += f"; {rounded:,} of the kept rounded"
+        if not self.weights.keys() & set(QUANTIZED):
+            return f"{self.format}: no weight is quantized ({parts})"
         return f"{self.format}: {self.exact_share:.2%} of the quantized weights exact ({parts})"
 
     def save(self, folder: Path) -> None:
@@ -122,6 +138,7 @@ class Certificate:
             "weights": self.weights,
             **fields,
         }
+        text |= {_STATEMENTS: _hashes(json.loads(json.dumps(text)))}
         (folder / CERTIFICATE).write_text(json.dumps(text, indent=1) + "\n")
 
     @classmethod
@@ -130,17 +147,27 @@ class Certificate:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is unreadable or of another version.
+            ValueError: it is unreadable, of another version, or its statements were edited; the
+                message names them.
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; only `gemmaqat export` writes certificates.")
+        fields = read_json(path, "restore it from a copy")
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; use "
+                "the version of gemmaqat that wrote it."
+            )
+        told = fields.pop(_STATEMENTS, None)
+        told, found = told if isinstance(told, dict) else {}, _hashes(fields)
+        edited = sorted(name for name in told | found if told.get(name) != found.get(name))
+        if edited:
+            raise ValueError(
+                f"{path}: {', '.join(map(repr, edited))} not as the export wrote it; the "
+                "certificate was edited or damaged, restore it from a copy."
+            )
         try:
-            fields = json.loads(path.read_text())
-            if fields["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"format_version is {fields['format_version']!r}, this version reads "
-                    f"{FORMAT_VERSION}"
-                )
             known = {f.name: fields[f.name] for f in dataclasses.fields(cls)}
             tensors = tuple(CertifiedTensor(**tensor) for tensor in known.pop("tensors"))
             for tensor in tensors:
@@ -148,10 +175,16 @@ class Certificate:
                 _expect(type(tensor.weights) is int, f"{tensor.path!r}: weights is no whole number")
             _expect(isinstance(known["files"], dict), "files is no object")
             return cls(**known | {"tensors": tensors, "left_out": tuple(known["left_out"])})
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: no certificate of this version ({error}); restore it from a copy."
             ) from None
+
+
+def _hashes(fields: Mapping[str, Any]) -> dict[str, str]:
+    """A hash of every field, of its JSON with sorted keys."""
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in fields.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def _expect(condition: bool, otherwise: str) -> None:
@@ -170,7 +203,7 @@ def certify(
 ) -> Certificate:
     """Reads an artefact back and compares it with the source, tensor by tensor.
 
-    `files` is empty: the caller hashes them once the contents' hash is in its place.
+    `files` is empty: the caller hashes them.
 
     Raises:
         ValueError: a tensor is not what its writer says, which is a mistake of ours.
@@ -294,12 +327,3 @@ def code_sha256() -> str:
         for path in package.rglob("*.py")
     }
     return combine(hashes)
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            found.update(block)
-    return found.hexdigest()

@@ -5,11 +5,11 @@ The modules are imported when they are needed: some of them want libraries of th
 
 import difflib
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmaqat.interop.json_file import read_json
 from gemmaqat.interop.shipment import Shipment
 
 CERTIFICATE = "certificate.json"
@@ -21,6 +21,7 @@ class Format(NamedTuple):
     writer: str
     reader: str
     what: str  # for the help
+    options: tuple[str, ...]  # of `ExportOptions`, that its writer heeds
 
     def write(self) -> Callable[..., Any]:
         """`(shipment, folder, options) -> list[Written]`, into an empty folder."""
@@ -32,18 +33,42 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "hf": Format("hf_writer:write_hf", "hf_writer:read_hf", "float safetensors on the grid"),
-    "gguf": Format("gguf_writer:write_gguf", "gguf_reader:read_gguf", "llama.cpp"),
+    "hf": Format(
+        "hf_writer:write_hf",
+        "hf_writer:read_hf",
+        "float safetensors on the grid",
+        ("float_dtype", "text_only", "shard_bytes"),
+    ),
+    "gguf": Format(
+        "gguf_writer:write_gguf",
+        "gguf_reader:read_gguf",
+        "llama.cpp",
+        ("float_dtype", "tables", "text_only"),  # it is never more than text
+    ),
     "compressed-tensors": Format(
         "compressed_tensors:write_compressed_tensors",
         "compressed_tensors_reader:read_compressed_tensors",
         "vLLM, transformers",
+        ("float_dtype", "packed_experts", "packed_tables", "text_only", "shard_bytes"),
     ),
     "gemma-mobile": Format(
-        "gemma_mobile:write_gemma_mobile", "gemma_mobile_reader:read_gemma_mobile", "transformers"
+        "gemma_mobile:write_gemma_mobile",
+        "gemma_mobile_reader:read_gemma_mobile",
+        "transformers",
+        ("float_dtype", "per_layer_scales", "text_only", "shard_bytes"),
     ),
-    "litert": Format("litert:write_litert", "litert:read_litert", "phones"),
-    "orbax": Format("orbax_gemma:write_orbax", "orbax_gemma:read_orbax", "google-deepmind/gemma"),
+    "litert": Format(
+        "litert:write_litert",
+        "litert:read_litert",
+        "phones",
+        ("prefill_lengths", "cache_length", "dynamic_activations", "text_only"),
+    ),
+    "orbax": Format(
+        "orbax_gemma:write_orbax",
+        "orbax_gemma:read_orbax",
+        "google-deepmind/gemma",
+        ("float_dtype", "stacked_layers", "text_only"),
+    ),
 }
 
 
@@ -115,16 +140,10 @@ def _detect_file(path: Path) -> tuple[str, Path]:
 def _quant_method(config: Path) -> str:
     """`quantization_config.quant_method` of a config.json; "" where there is none."""
     try:
-        found = json.loads(config.read_text())
-        section = found.get("quantization_config") or {}
-        return str(section.get("quant_method") or "")
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ):  # its own reader will say what is wrong
+        section = read_json(config).get("quantization_config")
+    except (OSError, ValueError):  # its own reader will say what is wrong
         return ""
+    return str(section.get("quant_method") or "") if isinstance(section, dict) else ""
 
 
 def _find(name: str) -> Any:

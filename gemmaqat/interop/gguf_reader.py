@@ -21,7 +21,7 @@ from gemmaqat.interop.gguf_blocks import SUB_BLOCK, SUPERBLOCK, AffineSuperblock
 from gemmaqat.interop.gguf_file import GgufFile, Info
 from gemmaqat.interop.gguf_tokenizer import SYNTHETIC, ExtractedFiles
 from gemmaqat.interop.grid_metadata import contradiction, known_grids, parse_grid
-from gemmaqat.interop.safetensors_writer import CONTENTS_KEY
+from gemmaqat.interop.seal import FILE_KEY
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.planning.parameters import abstract_model
@@ -273,7 +273,7 @@ def _check_tied(file: GgufFile) -> None:
 def _provenance(file: GgufFile) -> dict[str, Any]:
     fields = {
         key: file.metadata[key]
-        for key in ("gemmaqat.version", "gemmaqat.recipe", "gemmaqat.note", CONTENTS_KEY)
+        for key in ("gemmaqat.version", "gemmaqat.recipe", "gemmaqat.note", FILE_KEY)
         if isinstance(file.metadata.get(key), str)
     }
     if file.metadata.get(SYNTHETIC):

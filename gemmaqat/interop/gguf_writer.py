@@ -7,21 +7,21 @@ scales (see `gguf_storage`) and never held whole.
 import logging as standard_logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 from absl import logging
+from gguf.gguf_writer import WriterState
 
 import gemmaqat
-from gemmaqat.interop import gguf_model
+from gemmaqat.interop import gguf_model, seal
 from gemmaqat.interop.gguf_storage import Storage, choose
 from gemmaqat.interop.gguf_tokenizer import tokenizer_metadata
 from gemmaqat.interop.grid_metadata import grids_metadata
 from gemmaqat.interop.options import ExportOptions, Written
-from gemmaqat.interop.safetensors_writer import CONTENTS_KEY, NO_CONTENTS
 from gemmaqat.interop.shipment import VOCABULARY_TABLES, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
 from gemmaqat.quantization.grid import TENSOR, Grid
@@ -30,13 +30,24 @@ NO_CLAMPS = "without the activation clamps it was evaluated with"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q6_K": 18, "BF16": 32}
 
 
-def write_gguf(shipment: Shipment, folder: Path, options: ExportOptions) -> list[Written]:
+def _create(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
+def write_gguf(
+    shipment: Shipment,
+    folder: Path,
+    options: ExportOptions,
+    *,
+    create: Callable[[Path], BinaryIO] = _create,
+) -> list[Written]:
     """Writes `<name>-<type>.gguf` into an empty folder.
 
     Args:
         shipment: the model.
         folder: exists and is empty.
         options: `float_dtype`, `tables`, `allow_rescale` and `allow_requantize` are heeded.
+        create: opens the file; what it gives need not be seekable nor store anything.
 
     Raises:
         ValueError: a tensor that no GGUF type holds, or a tokenizer that does not fit.
@@ -64,11 +75,11 @@ def write_gguf(shipment: Shipment, folder: Path, options: ExportOptions) -> list
             name, shape, np.dtype(np.int8), storage.num_bytes, kind(storage.type.number)
         )
     path = folder / f"{_file_name(shipment.config.name)}-{_main_type(storages)}.gguf"
-    writer.write_header_to_file(path=path)
-    try:
+    with create(path) as file:
+        writer.fout, writer.state = [file], WriterState.EMPTY
+        writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (file,) = writer.fout
         writer.write_padding(file, file.tell())
         file.write(factors.tobytes())
         writer.write_padding(file, factors.nbytes)
@@ -77,8 +88,6 @@ def write_gguf(shipment: Shipment, folder: Path, options: ExportOptions) -> list
                 file.write(storage.encode(piece).data)
             writer.write_padding(file, storage.num_bytes)
         file.flush()
-    finally:
-        writer.close()
     return [_written(storage, clamps) for storage in storages.values()]
 
 
@@ -134,7 +143,7 @@ def _general(
         "general.size_label": _size_label(shipment),
         "general.file_type": _FILE_TYPES[_main_type(storages)],
         "gemmaqat.version": gemmaqat.__version__,
-        CONTENTS_KEY: NO_CONTENTS,
+        **seal.PLACES,
         gguf_model.STOP_IDS: list(shipment.config.stop_ids),
         **grids_metadata(_grids(storages)),
     }

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gemmaqat
+from gemmaqat.interop import seal
 from gemmaqat.interop.litert_file import CODE_BITS, FileTensor, LiteRTFile
 from gemmaqat.interop.litert_graph import StoredWeight, assemble
 from gemmaqat.interop.litert_trace import Program
@@ -259,7 +260,7 @@ def _metadata(shipment: Shipment) -> bytes:
     return json.dumps(
         {
             "gemmaqat.version": gemmaqat.__version__,
-            "gemmaqat.contents_sha256": "0" * 64,
+            **seal.PLACES,
             "config": shipment.config.to_hf(),
             "name": shipment.config.name,
             "table": shipment.table.to_json(),

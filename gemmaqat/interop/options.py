@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["exact", "rescaled", "requantized", "kept", "carried"]
 KINDS: tuple[Kind, ...] = ("exact", "rescaled", "requantized", "kept", "carried")
+QUANTIZED = ("exact", "rescaled", "requantized")
 TableType = Literal["as_is", "q4_0", "q8_0", "q6_k", "f16", "bf16", "f32"]
 
 
@@ -28,7 +30,9 @@ class Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Choices of an export; what a format does not know it ignores, what it cannot do it refuses.
+    """Choices of an export; a format refuses those that it does not have.
+
+    The two permissions, `allow_rescale` and `allow_requantize`, may be given to any.
 
     Attributes:
         float_dtype: of kept matrices, "bfloat16" | "float16" | "float32"; "" = the format's own.
@@ -68,6 +72,16 @@ class ExportOptions:
         _expect("tables", self.tables, get_args(TableType))
         if self.shard_bytes <= 0:
             raise ValueError(f"shard_bytes={self.shard_bytes}: expected a number from 1 up.")
+
+    def check_used(self, format: str, known: Sequence[str]) -> None:
+        """Raises ValueError where a choice was made that this format would ignore."""
+        for field in dataclasses.fields(self):
+            heeded = field.name in known or field.name.startswith("allow_")
+            if not heeded and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)!r}: {format!r} has no such "
+                    f"option; leave it out. It has {', '.join(known)}."
+                )
 
 
 def _expect(name: str, found: str, known: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from absl import logging
 from gemmaqat.interop import hf
 from gemmaqat.interop.hf_folder import layout_of
 from gemmaqat.interop.options import ExportOptions, Kind, Written
+from gemmaqat.interop.orbax_save import save_tree
 from gemmaqat.interop.orbax_tree import Leaf, canonical, leaves, period, stacked_name
 from gemmaqat.interop.rounding import Rounded, to_dtype
 from gemmaqat.interop.safetensors_writer import dtype_name
@@ -48,7 +49,7 @@ def write_orbax(
 
     Args:
         shipment: what to write; with `options.stacked_layers` periods of layers become one array.
-        folder: empty; Orbax makes its own in its place.
+        folder: empty.
         options: `float_dtype`, `stacked_layers`, `text_only`, `allow_requantize`.
         progress: told the number of weights just taken.
 
@@ -69,9 +70,7 @@ def write_orbax(
         tree = _stacked_tree(arrays, shipment.config)
     else:
         tree = _plain_tree(arrays, moe=shipment.config.num_experts > 0)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve(), tree, force=True)
-        checkpointer.wait_until_finished()
+    save_tree(tree, folder)
     config = layout_of(shipment, text_only=True).config
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, path in shipment.files.items():

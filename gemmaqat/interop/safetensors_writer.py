@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gemmaqat
+from gemmaqat.interop import seal
 from gemmaqat.interop.safetensors_file import DTYPES, INDEX_NAME, SINGLE_NAME
-
-# What verification puts in once everything is written; as long as the hash that takes its place.
-CONTENTS_KEY, NO_CONTENTS = "gemmaqat.contents_sha256", "0" * 64
 
 
 class Declared(NamedTuple):
@@ -46,7 +44,7 @@ class SafetensorsWriter:
         folder: where `model.safetensors`, or shards and `model.safetensors.index.json`, appear.
         declared: every tensor, in the order in which shards are filled.
         shard_bytes: largest size of the tensors of one file; a larger tensor has a file to itself.
-        metadata: of every file, beside the version and the place of the contents' hash.
+        metadata: of every file, beside the version and the places of a seal.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class SafetensorsWriter:
     ):
         self._files: list[Any] = []
         self._places: dict[str, tuple[Any, int, int]] = {}  # name: file, next byte, end
-        text = {"format": "pt", CONTENTS_KEY: NO_CONTENTS, "gemmaqat.version": gemmaqat.__version__}
+        text = {"format": "pt", **seal.PLACES, "gemmaqat.version": gemmaqat.__version__}
         shards = _shards(declared, shard_bytes)
         names = _file_names(len(shards))
         try:

@@ -2,7 +2,12 @@
 
 import errno
 import json
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from gemmaqat.interop.gguf_file import GgufFile
 from gemmaqat.interop.hashes import contents_sha256, tensor_sha256
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.packed_folder import save_packed
+from gemmaqat.interop.shipment import CarriedTensor
 from gemmaqat.interop.verify import verify
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
@@ -26,6 +32,7 @@ from gemmaqat.quantization.convert import convert
 from gemmaqat.quantization.rules import resolve
 
 FORMATS = ("hf", "gguf")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +213,7 @@ def test_a_target_with_files_is_never_touched(converted, tmp_path):
 def test_an_empty_target_is_taken(converted, tmp_path):
     (tmp_path / "out").mkdir()
     export(converted[0], tmp_path / "out", format="gguf", table=converted[1])
-    assert verify(tmp_path / "out").format == "gguf"
+    assert verify(tmp_path / "out").certificate.format == "gguf"
 
 
 def test_unknown_formats_name_the_nearest(converted, tmp_path):
@@ -245,7 +252,7 @@ def test_values_that_a_float_type_rounds_are_refused_unless_allowed(tmp_path):
 
 
 def test_one_export_is_the_source_of_the_next(exported, converted, tmp_path):
-    first = verify(exported["gguf"])
+    first = verify(exported["gguf"]).certificate
     found = export(exported["gguf"], tmp_path / "again", format="gguf")
     assert found.exact_share == 1
     assert found.source_sha256 == first.contents_sha256
@@ -254,7 +261,7 @@ def test_one_export_is_the_source_of_the_next(exported, converted, tmp_path):
 def test_packed_folders_are_exported_as_they_are(converted, exported, tmp_path):
     save_packed(converted[0], tmp_path / "packed", table=converted[1])
     found = export(tmp_path / "packed", tmp_path / "out", format="gguf")
-    assert found.contents_sha256 == verify(exported["gguf"]).contents_sha256
+    assert found.contents_sha256 == verify(exported["gguf"]).certificate.contents_sha256
 
 
 def test_a_reader_out_of_order_is_hashed_all_the_same(converted):
@@ -293,27 +300,195 @@ def test_options_that_are_none_are_refused(options, message):
         ExportOptions(**options)
 
 
+def _edit(folder, change, *, with_hashes=False):
+    """Edits a certificate, at will with the hashes of its statements."""
+    path = folder / "certificate.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    if with_hashes:
+        fields.pop("statements")
+        fields["statements"] = certificates._hashes(fields)
+    path.write_text(json.dumps(fields))
+
+
 def _first(fields, **changes):
     fields["tensors"][0] |= changes
+
+
+EDITS = {
+    "tensors": lambda f: _first(f, kind="requantized"),
+    "headline": lambda f: f.update(headline="hf: 100 % of everything exact"),
+    "recipe": lambda f: f.update(recipe="q8_0"),
+    "coverage": lambda f: f["coverage"].update({"kept": 0.0}),
+    "table": lambda f: f["table"]["entries"].pop(),
+    "provenance": lambda f: f["provenance"].update(evaluation={"metrics": {"perplexity": 1.0}}),
+    "files": lambda f: f.update(files={}),
+    "contents_sha256": lambda f: f.update(contents_sha256="0" * 64),
+    "source_sha256": lambda f: f.pop("source_sha256"),
+    "awards": lambda f: f.update(awards=3),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_statement_of_the_certificate_is_named(copied, name):
+    folder = copied("hf")
+    _edit(folder, EDITS[name])
+    with pytest.raises(ValueError, match=rf"certificate\.json: '{name}' not as the export wrote"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["tensors", "headline", "recipe", "provenance", "coverage"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_edit_with_its_hash_is_no_certificate_of_these_weights(copied, format, name):
+    folder = copied(format)
+    _edit(folder, EDITS[name], with_hashes=True)
+    with pytest.raises(ValueError, match="not the certificate that .* was exported with"):
+        verify(folder)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda f: f.update(files={}), "not in the certificate"),
         (lambda f: f.update(files=[]), "files is no object"),
-        (lambda f: f.update(contents_sha256="0" * 64), "its contents hash is not"),
         (lambda f: _first(f, kind="perfect"), "is of no known kind"),
         (lambda f: _first(f, weights="7"), "no certificate of this version"),
+        (lambda f: f.update(contents_sha256="0" * 64), "is not the certificate's contents_sha256"),
+        (lambda f: f.update(format_version=1), "format_version is 1, this version reads 2"),
     ],
 )
-def test_an_edited_certificate_is_refused(copied, change, message):
-    path = copied("hf") / "certificate.json"
-    fields = json.loads(path.read_text())
-    change(fields)
-    path.write_text(json.dumps(fields))
+def test_a_certificate_that_makes_no_sense_is_refused(copied, change, message):
+    folder = copied("hf")
+    _edit(folder, change, with_hashes=True)
     with pytest.raises(ValueError, match=message):
-        verify(path.parent)
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_lone_file_proves_its_bytes_and_says_what_it_cannot(copied, tmp_path, name):
+    folder = copied(name)
+    (path,) = (file for file in folder.iterdir() if file.suffix in (".gguf", ".safetensors"))
+    alone = Path(shutil.copy(path, tmp_path / path.name))
+    found = verify(alone)
+    assert found.certificate is None and found.files == (path.name,)
+    assert "not checked: what became of each tensor" in str(found)
+    assert "integrity, not authorship" in str(found) and "integrity, not" in str(verify(folder))
+    data = alone.read_bytes()
+    for place in (data.index(b"gemmaqat.version") + 30, len(data) // 2, len(data) - 9):
+        flip(alone, place)
+        with pytest.raises(ValueError, match="its header says"):
+            verify(alone)
+        flip(alone, place)
+    assert verify(alone) == found
+
+
+def test_companions_that_came_or_went_are_named(copied):
+    folder = copied("hf")
+    (folder / "README.md").write_text("of a hub")
+    assert "not checked: README.md, which is no part of the export" in str(verify(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not in the certificate; it is no part"):
+        verify(folder)
+
+
+def test_carried_tensors_are_in_the_proof(converted, tmp_path):
+    data = bytes(range(64))
+    name = "model.vision_tower.patch.weight"
+    tower = CarriedTensor(
+        name=name, dtype="F32", shape=(4, 4), num_bytes=64, read=lambda a, b: data[a:b]
+    )
+    shipment = source.dataclasses.replace(source.of_model(*converted), carried={name: tower})
+    released = shipment.config.to_hf()
+    released = {"model_type": "gemma4", "text_config": released}
+    shipment = source.dataclasses.replace(shipment, released_config=released)
+    found = export(shipment, tmp_path / "out", format="hf")
+    assert found.weights["carried"] == 16
+    path = tmp_path / "out" / "model.safetensors"
+    flip(path, path.read_bytes().index(data) + 5)
+    with pytest.raises(ValueError, match=f"tensor '{name}' is not as it was certified"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_of_floats_says_that_nothing_is_quantized(converted, tmp_path, format):
+    model = Gemma4(converted[0].config, rngs=nnx.Rngs(0))
+    options = ExportOptions(float_dtype="bfloat16")
+    table = resolve("none", model)
+    found = export(model, tmp_path / "out", format=format, table=table, options=options)
+    assert "no weight is quantized" in found.headline and "of the kept rounded" in found.headline
+
+
+@pytest.mark.parametrize(
+    "format, options, message",
+    [
+        ("hf", {"tables": "q6_k"}, "tables='q6_k': 'hf' has no such option"),
+        ("gguf", {"shard_bytes": 10}, "shard_bytes=10: 'gguf' has no such option"),
+        ("orbax", {"prefill_lengths": (1,)}, "It has float_dtype, stacked_layers, text_only"),
+    ],
+)
+def test_options_of_other_formats_are_refused(converted, tmp_path, format, options, message):
+    model, table = converted
+    options = ExportOptions(**options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(model, tmp_path / "out", format=format, table=table, options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_target_is_what_its_name_leads_to(converted, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    export(converted[0], str(tmp_path / "link") + "/", format="gguf", table=converted[1])
+    assert verify(tmp_path / "here").certificate.format == "gguf"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="is the current directory; name a new folder"):
+        export(converted[0], ".", format="gguf", table=converted[1])
+    export(converted[0], "new", format="gguf", table=converted[1])
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "orbax"])
+def test_a_full_disk_is_one_sentence_about_the_target(converted, tmp_path, format):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            export(converted[0], tmp_path / "out", format=format, table=converted[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "out")
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from flax import nnx
+from gemmaqat.interop import formats
+from gemmaqat.interop.export import export
+from gemmaqat.models.sizes import model_config
+from gemmaqat.models.transformer import Gemma4
+from gemmaqat.quantization.rules import resolve
+
+write = formats.FORMATS["hf"].write()
+
+def killed(shipment, folder, options):
+    write(shipment, folder, options)
+    print(*(path.name for path in folder.parent.iterdir()), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+formats.Format.write = lambda self: killed
+model = Gemma4(model_config("31b_mini", layer_types=("full_attention",)), rngs=nnx.Rngs(0))
+export(model, sys.argv[1], format="hf", table=resolve("none", model))
+"""
+
+
+def test_sigterm_in_the_middle_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith(".out.partial-"), done.stderr  # it was there
+    assert done.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["certificate.json", "config.json"])

@@ -15,7 +15,7 @@ from gemmaqat.interop.gguf_reader import read_gguf
 from gemmaqat.interop.gguf_writer import write_gguf
 from gemmaqat.interop.grid_metadata import GRIDS_KEY, grids_metadata
 from gemmaqat.interop.options import ExportOptions
-from gemmaqat.interop.safetensors_writer import NO_CONTENTS
+from gemmaqat.interop.seal import BLANK, PLACES
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces, values
 from gemmaqat.models.sizes import model_config
@@ -146,7 +146,7 @@ def test_metadata_holds_every_key_llama_cpp_needs(tmp_path):
         "gemma4.rope.dimension_count": 64,
         "gemma4.rope.dimension_count_swa": 32,
         "gemma4.final_logit_softcapping": 30.0,
-        "gemmaqat.contents_sha256": NO_CONTENTS,
+        **PLACES,
         "gemmaqat.synthetic_vocabulary": True,
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.add_bos_token": True,
@@ -155,7 +155,7 @@ def test_metadata_holds_every_key_llama_cpp_needs(tmp_path):
     assert {key: fields[key] for key in expected} == expected
     assert len(fields["tokenizer.ggml.tokens"]) == 128
     # The hash is patched in place: 64 characters, once.
-    assert path.read_bytes().count(NO_CONTENTS.encode()) == 1
+    assert path.read_bytes().count(BLANK.encode()) == 2
 
 
 def test_a_model_without_softcap_says_zero_since_a_missing_cap_means_thirty(tmp_path):
