@@ -6,7 +6,6 @@ says how they are quantized. One loop judges them on one hold-out with one progr
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from gemmaqat.evaluation.results import (
 )
 from gemmaqat.interop.hashes import contents_sha256
 from gemmaqat.interop.source import of_model
+from gemmaqat.json_file import read_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
@@ -245,7 +245,7 @@ class _Contest:
         settings, found = self.experiment.compare, {}
         for recipe in settings.recipes:
             folder = arm_folder(self.workdir, self.size, recipe, "qat", settings.seeds[0])
-            saved = json.loads((folder / workdirs.QUANTIZATION).read_text())
+            saved = read_json(folder / workdirs.QUANTIZATION, "restore it from a copy")
             found[self.size, recipe] = Table.from_json(saved)
         return found
 

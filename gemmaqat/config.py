@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gemmaqat.data.config import SOURCES, DataConfig
+from gemmaqat.json_file import read_json
 from gemmaqat.models.config import DTYPES, REMAT_POLICIES
 from gemmaqat.models.kv_codes import KV_QUANTIZATIONS
 from gemmaqat.models.sizes import SIZES
@@ -224,10 +225,7 @@ def load(path: str | Path) -> Experiment:
         raise FileNotFoundError(
             f"{path}: no such file; give a work directory written by `gemmaqat train` or `compare`."
         )
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore it from a copy.") from None
+    data = read_json(path, "restore it from a copy")
     version = data.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(

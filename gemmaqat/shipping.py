@@ -21,6 +21,7 @@ from gemmaqat.interop.packed_folder import is_packed_folder
 from gemmaqat.interop.shipment import Shipment
 from gemmaqat.interop.source import companions, of_model
 from gemmaqat.interop.verify import verify as run_verification
+from gemmaqat.json_file import read_json
 from gemmaqat.quantization.activations import check_scales, prepare
 from gemmaqat.quantization.convert import convert
 from gemmaqat.training.start import load_run
@@ -122,7 +123,7 @@ def _of_run(source: Path, options: Any) -> Shipment:
     shipment = of_model(model, table, files=companions(source))
     about = _about(source, experiment) | {"step": run.step, "run": _run_hashes(source)}
     about["evaluations"] = [
-        {"file": str(path)} | json.loads(path.read_text())
+        {"file": str(path)} | read_json(path, "evaluate again")
         for path in sorted((source / FOLDER).glob(f"*/{METRICS}"))
     ]
     return dataclasses.replace(shipment, provenance=about)
@@ -139,7 +140,7 @@ def _about(source: Path, experiment: Experiment) -> dict[str, Any]:
 
 def _run_hashes(source: Path) -> Any:
     """SHA-256 of the parameters that a run rests on, and the versions it ran with."""
-    about = json.loads((source / "run.json").read_text())
+    about = read_json(source / "run.json", "restore it from a copy")
     return {key: about.get(key) for key in ("versions", "seeds", "hashes")}
 
 

@@ -10,14 +10,24 @@ PACKAGE = ROOT / "gemmaqat"
 
 # Each part of the package and the parts it may import, itself aside. A dotted name allows that one
 # module of a part, not the whole of it.
-BELOW_TRAINING = {"config", "models", "quantization", "packed", "data", "kernels", "typing"}
+BELOW_TRAINING = {
+    "json_file",
+    "config",
+    "models",
+    "quantization",
+    "packed",
+    "data",
+    "kernels",
+    "typing",
+}
 ARROWS = {
     "typing": set(),
+    "json_file": set(),
     "kernels": set(),
     "packed": {"kernels", "typing"},
     "models": {"kernels", "typing"},
     "quantization": {"packed", "typing", "kernels.layout"},  # the names of level grids
-    "data": {"typing"},
+    "data": {"typing", "json_file"},
     "config": {
         "models.config",
         "models.kv_codes",
@@ -26,9 +36,10 @@ ARROWS = {
         "quantization.rules",
         "quantization.recipes",
         "data.config",
+        "json_file",
     },
     "generation": {"config", "models", "quantization", "packed", "data", "typing"},
-    "interop": {"config", "models", "quantization", "packed", "planning", "typing"},
+    "interop": {"json_file", "config", "models", "quantization", "packed", "planning", "typing"},
     "planning": {"config", "models", "quantization", "packed", "typing"},
     "evaluation": BELOW_TRAINING | {"generation"},
     "training": BELOW_TRAINING | {"evaluation.metrics", "interop"},

@@ -189,7 +189,7 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: 'tools' is not valid JSON ({error}).") from None
     if tools is None or isinstance(tools, list):
         return tools

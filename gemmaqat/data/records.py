@@ -114,7 +114,7 @@ class JsonLines:
             record = json.loads(line)
         except UnicodeDecodeError:
             raise ValueError(f"{where}: not UTF-8 text; is this a JSONL file?") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: not valid JSON ({error}); a JSONL file holds one object per line."
             ) from None
@@ -190,7 +190,7 @@ class ArrayRecords:
             ) from None
         try:
             record = json.loads(text) if text.startswith("{") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             return Record({"text": text}, where)

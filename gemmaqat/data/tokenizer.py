@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from gemmaqat.data.config import DataConfig
+from gemmaqat.json_file import read_json
 
 
 @runtime_checkable
@@ -252,10 +253,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again.") from None
+    return read_json(path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

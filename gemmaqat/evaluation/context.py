@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from gemmaqat.data.packing import Batch
 from gemmaqat.evaluation.metrics import token_nll
 from gemmaqat.evaluation.statistics import Bootstrap, Interval, Sums
+from gemmaqat.json_file import read_json
 from gemmaqat.models.cache import KVCache
 from gemmaqat.quantization.activations import activation_scales, with_scales
 
@@ -187,7 +188,7 @@ def load(folder: Path) -> dict[str, ContextScores]:
         raise FileNotFoundError(
             f"{path}: no such file; evaluate with config.evaluation.kv_caches set."
         )
-    saved = json.loads(path.read_text())
+    saved = read_json(path, "restore it from a copy")
     if saved["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {saved['format_version']!r}, this version reads "

@@ -28,6 +28,7 @@ from gemmaqat.data.tokenizer import make_tokenizer
 from gemmaqat.evaluation import tasks
 from gemmaqat.evaluation.metrics import TokenMetrics, token_comparison
 from gemmaqat.evaluation.statistics import Sums
+from gemmaqat.json_file import read_json
 from gemmaqat.packed import PackedTensor
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.activations import without_activations
@@ -109,7 +110,7 @@ class Scores:
         path = folder / METRICS
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no finished evaluation; run the comparison again.")
-        saved = json.loads(path.read_text())
+        saved = read_json(path, "restore it from a copy")
         if saved["format_version"] != FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format_version is {saved['format_version']!r}, this version reads "

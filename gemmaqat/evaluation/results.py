@@ -14,6 +14,7 @@ from typing import Any
 from gemmaqat.config import Experiment, to_json
 from gemmaqat.evaluation.evaluate import FOLDER, UNCLAMPED, Scores
 from gemmaqat.evaluation.statistics import Bootstrap, Interval, Recovery
+from gemmaqat.json_file import read_json
 from gemmaqat.quantization.table import Table
 
 FORMAT_VERSION = 2
@@ -88,7 +89,7 @@ def results(workdir: str | Path) -> Results:
         raise FileNotFoundError(
             f"{path}: no such file; give the work directory of a finished `gemmaqat compare`."
         )
-    summary = json.loads(path.read_text())
+    summary = read_json(path, "restore it from a copy")
     if summary.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {summary.get('format_version')!r}, this version reads "

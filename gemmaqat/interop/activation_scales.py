@@ -12,6 +12,7 @@ import numpy as np
 
 from gemmaqat.interop.options import Written
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
+from gemmaqat.json_file import parse_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.planning.parameters import abstract_model
 from gemmaqat.quantization import trees
@@ -65,7 +66,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, float]:
         ValueError: they are no JSON object of numbers.
     """
     try:
-        found = json.loads(metadata.get(METADATA_KEY, "{}"))
+        found = parse_json(metadata.get(METADATA_KEY, "{}"), where)
         return {str(hook): float(scale) for hook, scale in found.items()}
     except (ValueError, TypeError, AttributeError):
         raise ValueError(

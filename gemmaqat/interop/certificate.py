@@ -32,11 +32,11 @@ from gemmaqat.interop.hashes import (
     contents,
     tensor_sha256,
 )
-from gemmaqat.interop.json_file import read_json
 from gemmaqat.interop.options import KINDS, QUANTIZED, ExportOptions, Written
 from gemmaqat.interop.progress import Pass
 from gemmaqat.interop.shipment import Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces, values
+from gemmaqat.json_file import read_json
 
 FORMAT_VERSION = 2
 STATEMENT = (

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmaqat.interop.json_file import read_json
 from gemmaqat.interop.shipment import Shipment
+from gemmaqat.json_file import read_json
 
 CERTIFICATE = "certificate.json"
 

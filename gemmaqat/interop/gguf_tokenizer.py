@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemmaqat.interop.gguf_file import GgufFile
+from gemmaqat.json_file import read_json
 from gemmaqat.models.config import ModelConfig
 
 SYNTHETIC = "gemmaqat.synthetic_vocabulary"
@@ -63,7 +64,7 @@ def tokenizer_metadata(files: Mapping[str, Path], config: ModelConfig) -> dict[s
             )
         return _synthetic(config)
     path = files[_TOKENIZER]
-    definition = _json(path)
+    definition = read_json(path)
     tokens, types = _vocabulary(definition, path, config.vocab_size)
     merges = [_merge(pair, path) for pair in definition["model"].get("merges", [])]
     if not merges:
@@ -77,7 +78,7 @@ def tokenizer_metadata(files: Mapping[str, Path], config: ModelConfig) -> dict[s
     if template:
         metadata["tokenizer.chat_template"] = template
     if _GENERATION in files:
-        suppressed = _json(files[_GENERATION]).get("suppress_tokens")
+        suppressed = read_json(files[_GENERATION]).get("suppress_tokens")
         if suppressed:
             metadata[f"{_PREFIX}suppress_tokens"] = [int(i) for i in suppressed]
     return metadata
@@ -182,23 +183,13 @@ def _chat_template(files: Mapping[str, Path]) -> str | None:
     if _TEMPLATE in files:
         return files[_TEMPLATE].read_text(encoding="utf-8")
     for name in ("chat_template.json", _SETTINGS):
-        template = _json(files[name]).get("chat_template") if name in files else None
+        template = read_json(files[name]).get("chat_template") if name in files else None
         if isinstance(template, list):  # several, by name
             named = {item.get("name"): item.get("template") for item in template}
             template = named.get("default")
         if template:
             return template
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds no JSON object; download it again.")
-    return fields
 
 
 class ExtractedFiles(Mapping[str, Path]):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gemmaqat.json_file import parse_json
 from gemmaqat.quantization.grid import Grid
 
 GRIDS_KEY = "gemmaqat.grids"
@@ -29,10 +30,10 @@ def known_grids(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
         ValueError: the metadata is damaged.
     """
     try:
-        found = json.loads(metadata.get(GRIDS_KEY, "{}"))
+        found = parse_json(metadata.get(GRIDS_KEY, "{}"), where)
         grids = list(found.get("grids", []))
         return {str(path): grids[number] for path, number in found.get("parameters", {}).items()}
-    except (AttributeError, IndexError, TypeError, ValueError, RecursionError):
+    except (AttributeError, IndexError, TypeError, ValueError):
         raise ValueError(
             f"{where}: the header's {GRIDS_KEY!r} is damaged; restore it from a copy."
         ) from None

@@ -7,7 +7,6 @@ known (towers, unused keys of shared layers, a tied head) and counted, or an err
 
 import collections
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from absl import logging
 from flax import nnx
 
 from gemmaqat.interop.safetensors_file import SafetensorsFolder, Tensor
+from gemmaqat.json_file import read_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sharding import default_sharding, parameter_sharding
 from gemmaqat.models.sizes import SIZES, model_config
@@ -181,20 +181,10 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise FileNotFoundError(
             f"{path}: missing; a Hugging Face checkpoint has one beside its safetensors files."
         )
-    config = ModelConfig.from_hf(_json(path), name=folder.resolve().name, where=str(path))
-    named = _json(generation).get("eos_token_id") if generation.is_file() else None
+    config = ModelConfig.from_hf(read_json(path), name=folder.resolve().name, where=str(path))
+    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ids = tuple(i for i in (named if isinstance(named, list) else [named]) if i is not None)
     return dataclasses.replace(config, stop_ids=ids or config.stop_ids)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds no JSON object; fetch it again.")
-    return fields
 
 
 def tensor_name(path: str) -> str:

@@ -31,6 +31,7 @@ from gemmaqat.interop.litert_trace import Program
 from gemmaqat.interop.options import ExportOptions, Written
 from gemmaqat.interop.shipment import Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
+from gemmaqat.json_file import parse_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.packed import storage_bits
 from gemmaqat.planning.parameters import abstract_parameters
@@ -272,13 +273,13 @@ def _read_metadata(file: LiteRTFile) -> tuple[ModelConfig, Table]:
     if "gemmaqat" not in file.metadata:
         raise ValueError(f"{file.path}: holds no gemmaqat metadata; only our own files are read.")
     try:
-        found = json.loads(file.metadata["gemmaqat"])
+        found = parse_json(file.metadata["gemmaqat"], "gemmaqat")
         config = ModelConfig.from_hf(found["config"], name=found["name"], where=str(file.path))
         table = Table.from_json(found["table"])
         parameters = {path: like.shape for path, like in abstract_parameters(config).items()}
         if {entry.path: entry.shape for entry in table.entries} != parameters:
             raise ValueError("its model and its table do not belong together")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file.path}: its metadata is damaged ({error}); copy the file again."
         ) from error

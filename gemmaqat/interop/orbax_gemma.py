@@ -28,6 +28,7 @@ from gemmaqat.interop.rounding import Rounded, to_dtype
 from gemmaqat.interop.safetensors_writer import dtype_name
 from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Shipment, ShippedTensor
 from gemmaqat.interop.source import companions, pieces
+from gemmaqat.json_file import read_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import SIZES, model_config
 from gemmaqat.planning.parameters import abstract_model
@@ -123,7 +124,7 @@ def read_orbax(path: str | Path, *, config: ModelConfig | None = None) -> Shipme
         tensors={entry.path: tensors[entry.path] for entry in table.entries},
         carried=carried,
         files=companions(path),
-        released_config=json.loads(released.read_text()) if released.is_file() else None,
+        released_config=read_json(released) if released.is_file() else None,
     )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from gemmaqat.interop.hf import read_config
 from gemmaqat.interop.safetensors_file import SafetensorsFile, write_safetensors
+from gemmaqat.json_file import parse_json, read_json
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, from_arrays, to_arrays
 from gemmaqat.planning.parameters import abstract_model
@@ -119,9 +120,10 @@ def read_table(folder: Path) -> Table:
     path = folder / TABLE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; packed weights have their table beside them.")
+    fields = read_json(path, "restore it from a copy")
     try:
-        return Table.from_json(json.loads(path.read_text()))
-    except ValueError as error:  # of JSON, too
+        return Table.from_json(fields)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -130,15 +132,12 @@ def _read_layouts(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
     if file.metadata.get("format") != FORMAT:
         raise ValueError(f"{file.path}: not written by gemmaqat (no format {FORMAT!r}).")
     try:
-        layouts = json.loads(file.metadata["packed"])
+        return parse_json(file.metadata["packed"], str(file.path))
     except (KeyError, ValueError):
-        layouts = None
-    if not isinstance(layouts, dict):
         raise ValueError(
             f"{file.path}: the header's metadata holds no 'packed' (a JSON object that says how "
             "each packed parameter is stored); restore the file from a copy."
-        )
-    return layouts
+        ) from None
 
 
 def _check_names(

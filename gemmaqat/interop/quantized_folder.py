@@ -4,7 +4,6 @@ A reader takes the tensors of every parameter by name; shapes and types are chec
 taken, values when they are read. What nobody took is carried, where it is known, or an error.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from gemmaqat.interop.activation_scales import ActivationScales, from_metadata
 from gemmaqat.interop.safetensors_file import SafetensorsFile, SafetensorsFolder
 from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTensor
 from gemmaqat.interop.source import companions, of_carried, of_file
+from gemmaqat.json_file import read_json
 from gemmaqat.planning.parameters import abstract_model
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.grid import Grid
@@ -46,7 +46,7 @@ class QuantizedFolder:
     def __init__(self, folder: Path, quant_method: str):
         self.folder = folder
         self.config = hf.read_config(folder)
-        self._released: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self._released = read_json(folder / "config.json")
         self.where = str(folder / "config.json")
         self.section = self._section(quant_method)
         self._tensors = SafetensorsFolder(folder)

@@ -6,7 +6,6 @@ as a whole. The codes are those that `convert` gives the same weights.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from gemmaqat.interop import hf
 from gemmaqat.interop.packed_folder import load_packed, read_table
 from gemmaqat.interop.safetensors_file import SafetensorsFile
 from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Piece, Shipment, ShippedTensor
+from gemmaqat.json_file import read_json
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, pack
 from gemmaqat.planning.parameters import abstract_model
@@ -129,7 +129,7 @@ def of_folder(folder: str | Path, table: Table) -> Shipment:
         tensors=tensors,
         carried=carried,
         files=companions(folder),
-        released_config=json.loads((folder / "config.json").read_text()),
+        released_config=read_json(folder / "config.json"),
     )
 
 

@@ -17,6 +17,7 @@ from absl import logging
 import gemmaqat
 from gemmaqat import config
 from gemmaqat.config import Experiment
+from gemmaqat.json_file import read_json
 from gemmaqat.quantization.rules import Table
 from gemmaqat.training.records import METRICS, write_atomically
 
@@ -122,9 +123,9 @@ def refuse(where: Path, belongs_to: str, differences: list[str]) -> None:
 
 def _check_inputs(workdir: Path, *, table: Table | None, hashes: dict[str, str]) -> None:
     path = workdir / QUANTIZATION
-    found = json.loads(path.read_text()) if path.exists() else None
+    found = read_json(path, "restore it from a copy") if path.exists() else None
     refuse(path, "another quantization table", table_differences(found, table))
-    about = json.loads((workdir / RUN).read_text())
+    about = read_json(workdir / RUN, "restore it from a copy")
     refuse(workdir / RUN, "a run from other parameters", plain_differences(about["hashes"], hashes))
 
 
