@@ -111,7 +111,7 @@ def test_one_chunk_through_codes_equals_the_full_pass_bit_for_bit(case, tokens):
 
 def test_the_cache_holds_codes_and_no_float_beside_their_scales(case, tokens):
     quantization, _, split, _ = case
-    _, cache = chunked(case, tokens, (20, 20))
+    _, cache = chunked(case, tokens, (4, 36))
     for layer in cache.layers:
         for stored in () if layer is None else (layer.k, layer.v):
             assert isinstance(stored, KVCodes)
