@@ -34,13 +34,16 @@ def export(options: Any) -> None:
     name = options.format or section.format
     if not name:
         raise ValueError("--format: missing; name one, as in --format=gguf.")
-    find_format(name)  # before anything is loaded
+    if name != section.format and section.format:  # its options are those of its format
+        section = ExportConfig()
+    choices = _choices(section, options)
+    choices.check_used(name, find_format(name).options)  # before anything is loaded
     check_target(commands._workdir(options))
     certificate = run_export(
         _shipment(source, options),
         commands._workdir(options),
         format=name,
-        options=_choices(section, options),
+        options=choices,
         progress=commands._progress(),
     )
     print(certificate.headline)

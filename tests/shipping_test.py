@@ -126,6 +126,20 @@ def test_every_choice_of_an_export_is_a_flag_of_one_line(capsys):
             ],
             "prefill_lengths (64, 16) must be one or more numbers between 1 and cache_length (32)",
         ),
+        (
+            [
+                "export", "CONFIG", f"--checkpoint={GOLDEN / '31b'}", "--format=gguf",
+                "--stacked_layers", "--workdir=x",
+            ],
+            "stacked_layers=True: 'gguf' has no such option",
+        ),
+        (
+            [
+                "export", "CONFIG", f"--checkpoint={GOLDEN / '31b'}", "--format=gguf",
+                "--workdir=.",
+            ],
+            ".: is the current directory; name a new folder",
+        ),
         (["verify", "--checkpoint=no/file"], "no/file: no such file or folder"),
         (["verify", f"--checkpoint={GOLDEN / '31b'}"], "nothing to compare it with"),
     ],
@@ -136,3 +150,26 @@ def test_a_mistake_is_one_sentence(capsys, config, arguments, message, tmp_path,
     arguments = [config if a == "CONFIG" else a for a in arguments]
     assert message in mistake(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+GGUF_OF_HALVES = """
+from gemmaqat.config import base
+
+def get_config():
+    config = base("31b_mini")
+    config.quantization.recipe = "none"
+    config.export.format = "gguf"
+    config.export.options = dict(tables="f16")
+    return config
+"""
+
+
+def test_options_of_the_config_are_those_of_its_format(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(GGUF_OF_HALVES)
+    source = [f"--config={file}", f"--checkpoint={GOLDEN / '31b'}", "--text_only"]
+    for format, chosen in ("hf", {"text_only"}), ("gguf", {"text_only", "tables"}):
+        out = tmp_path / format
+        arguments = [*source, f"--format={format}", f"--workdir={out}"]
+        assert main(["gemmaqat", "export", *arguments]) == 0
+        assert json.loads((out / "certificate.json").read_text())["options"].keys() == chosen
