@@ -61,9 +61,13 @@ def llama_cpp(shape: str, folder: Path) -> Iterator[Row]:
         if floats is None:
             floats = found
         else:
-            noise = models.distance(floats, found).mean_kl
-            ratio = models.distance(ours, found).mean_kl / noise
-            note = f"{ratio:.3f} x llama.cpp's F32 against its own"
+            noise, sure = models.distance(floats, found), models.decided(ours)
+            ratio = models.distance(ours, found).mean_kl / noise.mean_kl
+            note = (
+                f"{ratio:.3f} x llama.cpp's F32 against its own, whose top-1 is {noise.top_1:.1%}; "
+                f"{models.distance(ours[sure], found[sure]).top_1:.1%} of the {sure.mean():.0%} of "
+                f"positions where a token leads by {models.LEAD:.0%}"
+            )
         yield Row(name, shape, _equal_gguf(made, path), models.distance(ours, found),
                   complaints, note)  # fmt: skip
 

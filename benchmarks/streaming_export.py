@@ -6,12 +6,14 @@
 
 The cap is a limit of the system on private writable memory (RLIMIT_DATA): an allocation beyond it
 fails, so a run that ends has kept to it. Mapped input files do not count; they can be dropped. With
---sink nothing is stored: what is written is counted, and there is no reading back.
+--sink the same writer of GGUF fills a file that only counts, so there is no reading back.
 """
 
+import io
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -19,7 +21,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of floats.", requi
 _FORMAT = flags.DEFINE_string("format", "gguf", "Of the export.")
 _RECIPE = flags.DEFINE_string("recipe", "q4_0_emb", "Of the quantization.")
 _FOLDER = flags.DEFINE_string("folder", "", "New folder for the export.")
-_SINK = flags.DEFINE_bool("sink", False, "Quantize and encode everything, store nothing.")
+_SINK = flags.DEFINE_bool("sink", False, "Write a GGUF as always, into a file that only counts.")
 _CAP = flags.DEFINE_integer("cap_mib", 1536, "Most private memory of the process.")
 
 
@@ -54,22 +56,39 @@ def main(_: list[str]) -> None:
     )
 
 
-def _into_sink(source: Path, table) -> int:
-    """Encodes every tensor as a GGUF would store it and counts the bytes."""
-    from gemmaqat.interop.gguf_storage import choose
+class _Counter(io.RawIOBase):
+    """A file that keeps nothing of what is written but its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.length += size
+        return size
+
+    def tell(self) -> int:
+        return self.length
+
+
+def _into_sink(source: Path, table: Any) -> int:
+    """The length of the GGUF that `export` would write, having written it nowhere."""
+    from gemmaqat.interop.gguf_writer import write_gguf
+    from gemmaqat.interop.hashes import Observed
     from gemmaqat.interop.options import ExportOptions
     from gemmaqat.interop.progress import Pass
-    from gemmaqat.interop.source import of_folder, pieces
+    from gemmaqat.interop.source import of_folder
 
-    shipment, written = of_folder(source, table), 0
+    shipment, sink = of_folder(source, table), _Counter()
     total = sum(tensor.num_weights for tensor in shipment.tensors.values())
-    with Pass("encoding", total, None) as counted:
-        for tensor in shipment.tensors.values():
-            storage = choose(tensor, ExportOptions())
-            for start, stop, piece in pieces(tensor):
-                written += storage.encode(piece).nbytes
-                counted.update((stop - start) * tensor.row_length)
-    return written
+    with Pass("writing gguf", total, None) as counted:
+        observed = Observed(shipment, counted).shipment
+        write_gguf(observed, Path(), ExportOptions(), create=lambda _: sink)
+    return sink.length
 
 
 if __name__ == "__main__":

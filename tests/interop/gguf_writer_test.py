@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -413,6 +414,19 @@ def test_sharing_that_llama_cpp_does_otherwise_is_refused(tmp_path):
     after_sliding = model_config("e4b_mini", num_kv_shared_layers=2)
     with pytest.raises(ValueError, match="num_kv_shared_layers"):
         write_gguf(shipment(after_sliding, "none"), tmp_path, ExportOptions())
+
+
+def test_what_is_opened_for_writing_need_be_no_file(tmp_path):
+    class Kept(io.BytesIO):
+        def close(self) -> None:
+            self.whole = self.getvalue()
+            super().close()
+
+    made, sink = shipment(CONFIGS["e2b"], "q4_0_emb"), Kept()
+    write_gguf(made, tmp_path, ExportOptions(), create=lambda _: sink)
+    assert not list(tmp_path.iterdir())
+    path, _ = written(made, tmp_path)
+    assert sink.whole == path.read_bytes()
 
 
 def test_rows_are_written_in_pieces(tmp_path, monkeypatch):

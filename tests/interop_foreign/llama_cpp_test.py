@@ -59,7 +59,12 @@ def test_weights_dequantized_by_ggml_are_ours_to_the_bit(shape, tmp_path):
 
 @EVERY_SHAPE
 def test_logits_are_ours_up_to_llama_cpps_own_kernels(shape, tmp_path):
-    """Gates: F32 file of the decoded values, mean KL 1e-4; Q4_0 file, 1.5 x kernel noise."""
+    """Gates: F32 file of the decoded values, mean KL 1e-4; Q4_0 file, 1.5 x kernel noise.
+
+    Of the most likely tokens 99 % are ours, wherever one is ahead. Where two are as good as equal,
+    8-bit activations choose between them, in llama.cpp's own two files as well: over all positions
+    we differ no oftener than those.
+    """
     ids = models.texts(models.SEQUENCES, holdout=True)
     shipment = models.quantized(shape, "q4_0_emb")
     ours = models.our_logits(shipment, ids)
@@ -67,12 +72,14 @@ def test_logits_are_ours_up_to_llama_cpps_own_kernels(shape, tmp_path):
     packed = theirs(written(shipment, tmp_path / "q"), ids)
     exact, noise = models.distance(ours, floats), models.distance(floats, packed)
     direct = models.distance(ours, packed)
-    print(f"{shape}: F32 {exact}, Q4_0 {direct}, kernel noise {noise}")
+    sure = models.decided(ours)
+    print(f"{shape}: F32 {exact}, Q4_0 {direct}, kernel noise {noise}, decided {sure.mean()}")
     assert exact.mean_kl <= 1e-4
     assert exact.top_1 >= 0.99
     assert direct.mean_kl <= 1.5 * noise.mean_kl
-    # What llama.cpp's 8-bit activations change is theirs: we lose no more than its own F32 file.
-    assert direct.top_1 >= min(0.99, noise.top_1 - 0.005)
+    assert sure.mean() >= 0.6
+    assert models.distance(ours[sure], packed[sure]).top_1 >= 0.99
+    assert direct.top_1 >= min(0.99, noise.top_1 - 2 / sure.size)
 
 
 @pytest.mark.parametrize("recipe", ["q4_0_emb", "int2_block32_emb"])
@@ -85,7 +92,9 @@ def test_every_table_type_gives_the_same_logits(recipe, tmp_path):
         assert models.distance(ours, found).mean_kl < 2e-3, table
 
 
-@EVERY_SHAPE
+@pytest.mark.parametrize("shape", [
+    models.NOT_EIGHT_EXPERTS if shape == "26b_a4b" else shape for shape in models.SHAPES
+])  # fmt: skip
 def test_the_stock_quantizer_keeps_every_code_of_the_default_recipe(shape, tmp_path):
     shipment = models.quantized(shape, "q4_0")
     plain = written(models.decoded(shipment), tmp_path / "bf16", float_dtype="bfloat16")
