@@ -31,6 +31,10 @@ pytestmark = [
 GOLDEN = Path(__file__).parents[1] / "golden" / "gemma4"
 IDS = np.random.default_rng(0).integers(3, 128, (2, 40))
 TOLERANCE = 1e-5  # measured 5e-6: the order of sums
+# Of a position where the order of sums has put an activation on the other side of a rounding: it
+# differs by a whole step, and so do some of those computed from it. Measured up to a sixth of the
+# logits' standard deviation, which is 0.95 here.
+OTHER_SIDE = 0.25
 # Every channel its own scale where a block does not divide; the format then has two groups.
 ANY_LENGTH = dict(weight_qtype="int4", scale_rule="absmax", scale_dtype="bfloat16", scale_bits=5)
 
@@ -134,6 +138,13 @@ def mobile(size: str, clamps: float, *, projection: bool = False):
     return of_model(convert(with_scales(model, scales), table), table)
 
 
+def assert_near_up_to_roundings(found: np.ndarray, expected: np.ndarray) -> None:
+    """All but a few of the 80 positions within `TOLERANCE`, those within `OTHER_SIDE`."""
+    apart = np.abs(found - expected).max(axis=-1)
+    assert np.mean(apart <= TOLERANCE) >= 0.95, apart
+    assert apart.max() <= OTHER_SIDE, apart
+
+
 def _is_not_theirs(hook: str, projection: bool) -> bool:
     """Whether transformers leaves the clamp out; that of the projection by the mobile format."""
     if hook.startswith("per_layer_model_projection"):
@@ -148,9 +159,7 @@ def test_a_mobile_folder_gives_our_logits_with_clamps_and_without(size, clamps, 
     write_gemma_mobile(shipment, tmp_path, ExportOptions())
     expected = our_logits(shipment)
     found = their_logits(tmp_path)
-    apart = np.abs(found - expected).max(axis=-1)
-    # A value on the border of two steps may fall to either side: a position or two of the 80.
-    assert np.mean(apart <= TOLERANCE) >= 0.95, apart
+    assert_near_up_to_roundings(found, expected)
     assert np.array_equal(our_logits(read_gemma_mobile(tmp_path)), expected)
 
 
@@ -158,8 +167,7 @@ def test_static_clamps_in_compressed_tensors_are_applied_by_transformers(tmp_pat
     """The float projection's too, which the mobile format has no place for."""
     shipment = mobile("e2b_mini", 0.03, projection=True)
     write_compressed_tensors(shipment, tmp_path, ExportOptions())
-    apart = np.abs(their_logits(tmp_path) - our_logits(shipment)).max(axis=-1)
-    assert np.mean(apart <= TOLERANCE) >= 0.95, apart
+    assert_near_up_to_roundings(their_logits(tmp_path), our_logits(shipment))
 
 
 def test_clamps_matter_by_far_more_than_the_tolerance(tmp_path):
