@@ -114,19 +114,24 @@ def share_exact(shipment: Shipment, path: Path) -> float:
 def compare(size: str, recipe: str, *, dynamic: bool, xnnpack: bool) -> tuple[float, Parity]:
     """Share of exact weights and the parity of one recipe."""
     model, shipment = make(size, recipe)
-    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, PROMPT + STEPS)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         write_litert(
             shipment,
-            folder,
+            Path(name),
             ExportOptions(prefill_lengths=(16,), cache_length=LENGTH, dynamic_activations=dynamic),
         )
-        logits, seconds = run_theirs(folder / FILE, ids, xnnpack=xnnpack)
-        share = share_exact(shipment, folder)
+        return compare_written(model, shipment, Path(name), xnnpack=xnnpack)
+
+
+def compare_written(
+    model: Any, shipment: Shipment, folder: Path, *, xnnpack: bool
+) -> tuple[float, Parity]:
+    """The same of an export that exists, with a cache of LENGTH positions."""
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, PROMPT + STEPS)
+    logits, seconds = run_theirs(folder / FILE, ids, xnnpack=xnnpack)
     static = any(entry.path.endswith("self_attn/k") for entry in shipment.table.activations)
     reference = run_ours(model, ids, quantized_cache=static)
-    return share, Parity(logits, reference, seconds)
+    return share_exact(shipment, folder), Parity(logits, reference, seconds)
 
 
 def main() -> None:
