@@ -32,7 +32,7 @@ from gemmaqat.evaluation import context
 from gemmaqat.evaluation.evaluate import FOLDER
 from gemmaqat.evaluation.plots import perplexity_by_cache
 from gemmaqat.interop.load import read_config, read_pretrained
-from gemmaqat.interop.packed_folder import is_packed_folder, save_packed
+from gemmaqat.interop.packed_folder import save_packed
 from gemmaqat.kernels import dispatch
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import model_config
@@ -48,14 +48,8 @@ from gemmaqat.quantization.rules import resolve
 from gemmaqat.quantization.table import Table
 from gemmaqat.training.calibration import calibrated
 from gemmaqat.training.loop import train as run_training
-from gemmaqat.training.start import LoadedRun, load_run
+from gemmaqat.training.start import LoadedRun, keep_base, load_run
 from gemmaqat.training.workdir import versions
-
-# What generation needs beside the weights of a Hugging Face folder.
-_COMPANIONS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
 
 
 def train(options: Any) -> None:
@@ -113,9 +107,12 @@ def quantize(options: Any) -> None:
     output = _workdir(options)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--workdir={output}: not empty; choose a new folder for packed weights.")
-    if is_packed_folder(source):
-        raise ValueError(f"{source}: quantized already; give the float checkpoint it came from.")
     loaded = _load(source, experiment)
+    if not _is_run(source) and loaded.table is not None:
+        raise ValueError(
+            f"{source}: quantized already ({loaded.table.recipe or 'codes of its own'}); write it "
+            "in another form with `gemmaqat export`, or give the float checkpoint it came from."
+        )
     table = _resolve(experiment, loaded.model.config)
     if _is_run(source) and loaded.table is not None and (differences := loaded.table.diff(table)):
         raise ValueError(
@@ -130,9 +127,7 @@ def quantize(options: Any) -> None:
         model = nnx.merge(graphdef, calibrated(graphdef, params, table, experiment))
     packed = convert(model, table)
     save_packed(packed, output, table=table)
-    for name in _COMPANIONS:
-        if (source / name).is_file():
-            (output / name).write_bytes((source / name).read_bytes())
+    keep_base(source, output)
     if _is_run(source):  # its data config is what makes the tokenizer
         (output / "experiment.json").write_bytes((source / "config.json").read_bytes())
     print(table.render())

@@ -13,17 +13,21 @@ from gemmaqat import commands
 from gemmaqat import config as configs
 from gemmaqat.config import Experiment, ExportConfig
 from gemmaqat.evaluation.evaluate import FOLDER, METRICS
+from gemmaqat.interop.base import FOLDER as BASE
+from gemmaqat.interop.base import read_base
 from gemmaqat.interop.export import check_target, shipment_of
 from gemmaqat.interop.export import export as run_export
 from gemmaqat.interop.formats import detect, find_format
 from gemmaqat.interop.options import ExportOptions
 from gemmaqat.interop.packed_folder import is_packed_folder
 from gemmaqat.interop.shipment import Shipment
-from gemmaqat.interop.source import companions, of_model
+from gemmaqat.interop.source import of_model
 from gemmaqat.interop.verify import verify as run_verification
 from gemmaqat.json_file import read_json
+from gemmaqat.models.config import ModelConfig
 from gemmaqat.quantization.activations import check_scales, prepare
 from gemmaqat.quantization.convert import convert
+from gemmaqat.quantization.table import Table
 from gemmaqat.training.start import load_run
 
 
@@ -89,6 +93,7 @@ def _shipment(source: Path, options: Any) -> Shipment:
         return _of_run(source, options)
     if is_packed_folder(source) or detect(source)[0] != "hf":
         shipment = shipment_of(source, None)
+        _check_config(source, shipment.table, shipment.config, options)
         return dataclasses.replace(shipment, provenance={"source": str(source)})
     experiment = commands._experiment(options)
     experiment = dataclasses.replace(
@@ -117,19 +122,43 @@ def _of_run(source: Path, options: Any) -> Shipment:
                 f"{source}: trained in float; run `gemmaqat quantize` to calibrate the activations "
                 f"of recipe {table.recipe!r}, and export what it wrote."
             )
+    _check_config(source, table, run.model.config, options)
     prepared = prepare(run.model, table)
     try:
         check_scales(prepared, table)
     except ValueError as error:
         raise ValueError(f"{source}, step {run.step}: {error}") from None
     model = convert(prepared, table)
-    shipment = of_model(model, table, files=companions(source))
+    shipment = of_model(model, table)
+    if base := read_base(source):
+        shipment = base.added_to(shipment)
+    elif experiment.model.checkpoint and not options.text_only:
+        raise FileNotFoundError(
+            f"{source / BASE}: missing, it holds what {experiment.model.checkpoint} has beside the "
+            "text decoder; restore it from a copy, or give --text_only."
+        )
     about = _about(source, experiment) | {"step": run.step, "run": _run_hashes(source)}
     about["evaluations"] = [
         {"file": str(path)} | read_json(path, "evaluate again")
         for path in sorted((source / FOLDER).glob(f"*/{METRICS}"))
     ]
     return dataclasses.replace(shipment, provenance=about)
+
+
+def _check_config(source: Path, table: Table, config: ModelConfig, options: Any) -> None:
+    """Refuses a --config by which this source would have other codes than it has."""
+    if options.config is None:
+        return
+    wanted = commands._resolve(commands._experiment(options), config)
+    for path, entry in wanted.by_path.items():
+        found = table[path].grid
+        if found != entry.grid:
+            here, there = (g.describe() if g else "float" for g in (found, entry.grid))
+            raise ValueError(
+                f"--config: recipe {wanted.recipe!r} has {path} in {there}, and {source} holds "
+                f"{table.recipe or 'codes'} with {here}; leave --config out, or export the float "
+                "checkpoint."
+            )
 
 
 def _about(source: Path, experiment: Experiment) -> dict[str, Any]:

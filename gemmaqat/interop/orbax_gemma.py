@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from gemmaqat.interop import hf
+from gemmaqat.interop.base import companions
 from gemmaqat.interop.hf_folder import layout_of
 from gemmaqat.interop.options import ExportOptions, Kind, Written
 from gemmaqat.interop.orbax_save import save_tree
@@ -27,7 +28,7 @@ from gemmaqat.interop.orbax_tree import Leaf, canonical, leaves, period, stacked
 from gemmaqat.interop.rounding import Rounded, to_dtype
 from gemmaqat.interop.safetensors_writer import dtype_name
 from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Shipment, ShippedTensor
-from gemmaqat.interop.source import companions, pieces
+from gemmaqat.interop.source import pieces
 from gemmaqat.json_file import read_json
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sizes import SIZES, model_config

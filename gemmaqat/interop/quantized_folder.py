@@ -14,9 +14,10 @@ import numpy as np
 
 from gemmaqat.interop import hf
 from gemmaqat.interop.activation_scales import ActivationScales, from_metadata
+from gemmaqat.interop.base import companions, of_carried
 from gemmaqat.interop.safetensors_file import SafetensorsFile, SafetensorsFolder
 from gemmaqat.interop.shipment import CarriedTensor, Piece, Shipment, ShippedTensor
-from gemmaqat.interop.source import companions, of_carried, of_file
+from gemmaqat.interop.source import of_file
 from gemmaqat.json_file import read_json
 from gemmaqat.planning.parameters import abstract_model
 from gemmaqat.quantization import trees

@@ -16,9 +16,10 @@ import numpy as np
 from flax import nnx
 
 from gemmaqat.interop import hf
+from gemmaqat.interop.base import companions, of_carried, read_base
 from gemmaqat.interop.packed_folder import load_packed, read_table
 from gemmaqat.interop.safetensors_file import SafetensorsFile
-from gemmaqat.interop.shipment import TOKEN_TABLE, CarriedTensor, Piece, Shipment, ShippedTensor
+from gemmaqat.interop.shipment import TOKEN_TABLE, Piece, Shipment, ShippedTensor
 from gemmaqat.json_file import read_json
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.packed import PackedTensor, pack
@@ -29,13 +30,6 @@ from gemmaqat.quantization.table import SCALE, Table
 
 PIECE_BYTES = 1 << 24  # of the float32 values of one piece
 _BATCH = 1 << 20  # weights quantized by one call of the compiled program
-
-# What a checkpoint needs beside its weights; a file of another name is not passed on.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
-    "processor_config.json", "preprocessor_config.json",
-)  # fmt: skip
 
 
 def pieces(
@@ -134,14 +128,11 @@ def of_folder(folder: str | Path, table: Table) -> Shipment:
 
 
 def of_packed_folder(folder: str | Path) -> Shipment:
-    """A folder that `save_packed` wrote."""
+    """A folder that `save_packed` wrote, with all that was kept of its checkpoint."""
     folder = Path(folder)
-    return of_model(load_packed(folder), read_table(folder), files=companions(folder))
-
-
-def companions(folder: Path) -> dict[str, Path]:
-    """The companion files of a checkpoint, by name."""
-    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    shipment = of_model(load_packed(folder), read_table(folder), files=companions(folder))
+    base = read_base(folder)
+    return base.added_to(shipment) if base else shipment
 
 
 def to_model(shipment: Shipment, *, dtype: Any = "float32", param_dtype: Any = None) -> Gemma4:
@@ -352,15 +343,3 @@ def _quantize_matrices(
     if not np.all(np.isfinite(piece.scales.astype(np.float32))):
         raise ValueError(f"{path}: the weight holds NaN or infinity; take an earlier checkpoint.")
     return piece
-
-
-def of_carried(file: SafetensorsFile, name: str) -> CarriedTensor:
-    """A tensor of a mapped file, to be passed on."""
-    entry = file.tensors[name]
-    return CarriedTensor(
-        name=name,
-        dtype=entry.dtype,
-        shape=tuple(entry.shape),
-        read=lambda start, stop: file.data(name, start, stop),
-        num_bytes=entry.stop - entry.start,
-    )

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from gemmaqat.interop import seal
+from gemmaqat.interop.base import COMPANIONS
 from gemmaqat.interop.certificate import Certificate
 from gemmaqat.interop.formats import CERTIFICATE, detect, find_format
 from gemmaqat.interop.hashes import carried_sha256, combine, contents, tensor_sha256
 from gemmaqat.interop.progress import Pass, Progress
 from gemmaqat.interop.safetensors_file import INDEX_NAME
 from gemmaqat.interop.shipment import Shipment
-from gemmaqat.interop.source import COMPANIONS
 
 _NOT_WHO = "This proves integrity, not authorship: nothing has changed since, whoever exported it."
 

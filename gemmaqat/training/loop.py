@@ -36,7 +36,7 @@ from gemmaqat.training.meter import Meter, Progress
 from gemmaqat.training.nonfinite import NonFiniteError, check_finite
 from gemmaqat.training.optimizer import learning_rate
 from gemmaqat.training.records import METRICS, Records, read_metrics
-from gemmaqat.training.start import initial_model
+from gemmaqat.training.start import initial_model, keep_base
 from gemmaqat.training.step import (
     IN_FLOAT,
     Programs,
@@ -177,6 +177,8 @@ def fit(
         hashes = {"start": hash_params(start)}
         if method == "distill":
             hashes["teacher"] = hashes["start"] if teacher is start else hash_params(teacher)
+        if experiment.model.checkpoint and not (workdir / workdirs.CONFIG).exists():
+            keep_base(experiment.model.checkpoint, workdir)
         workdirs.claim(workdir, experiment=experiment, table=table, hashes=hashes)
         return run.execute(start, loader)
 

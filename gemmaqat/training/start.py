@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from gemmaqat.config import Experiment
-from gemmaqat.interop.load import read_config, read_float
+from gemmaqat.interop.base import Base, base_of, read_base, save_base
+from gemmaqat.interop.load import read_config, read_float, read_shipment
 from gemmaqat.models.config import ModelConfig
 from gemmaqat.models.sharding import default_sharding
 from gemmaqat.models.sizes import model_config
@@ -68,6 +69,20 @@ def initial_config(experiment: Experiment, *, vocab_size: int = 0) -> ModelConfi
         # Shapes of miniatures are ours to choose; whole multiples of the largest block.
         config = dataclasses.replace(config, vocab_size=-(-vocab_size // 128) * 128)
     return config
+
+
+def keep_base(source: str | Path, folder: Path) -> None:
+    """Copies what a checkpoint, or the work directory of a run from one, holds beside the model.
+
+    Raises:
+        FileNotFoundError, ValueError: the source is damaged, or has lost a part of it.
+    """
+    source = Path(source)
+    if (source / checkpoint.FOLDER).is_dir():
+        base = read_base(source) or Base(source=str(source))
+    else:
+        base = base_of(read_shipment(source), source)
+    save_base(base, folder)
 
 
 def load_run(workdir: str | Path, *, best: bool = False, **precision: Any) -> LoadedRun:
