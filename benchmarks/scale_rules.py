@@ -1,9 +1,10 @@
 """What a scale rule costs, and what converting a bfloat16 checkpoint on its grid leaves of it.
 
-    python benchmarks/scale_rules.py [--rows=2048]
+    python benchmarks/scale_rules.py [--rows=2048] [--run=runs/anchor_e2b_mini/.../q4_0/qat]
 
-Blocks of 32 weights of three distributions are quantized by each rule, the values are rounded to
-bfloat16 as a checkpoint holds them, and three routes lead from there to Q4_0: the stock quantizer
+Blocks of 32 weights of three distributions, or of the linears of a trained run, are quantized by
+each rule, the values are rounded to bfloat16 as a checkpoint holds them, and three routes lead
+from there to Q4_0: the stock quantizer
 of llama.cpp (that of the gguf package, the same to the bit), the one with a uniform importance
 matrix (where llama-cpp-python is installed), and our lattice recovery.
 """
@@ -18,9 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from gemmaqat.interop.lattice import recover
+from gemmaqat.quantization import trees
 from gemmaqat.quantization.grid import Grid
 from gemmaqat.quantization.grids import dequantize, quantize
 from gemmaqat.quantization.recipes import recipe
+from gemmaqat.training.start import load_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 try:
@@ -49,11 +52,9 @@ def main() -> None:
     """Prints one row per rule."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
-    rows = parser.parse_args().rows
-    rng = np.random.default_rng(0)
-    shape = (rows, LENGTH)
-    samples = [rng.standard_normal(shape), rng.laplace(size=shape), rng.standard_t(5, size=shape)]
-    weights = [(0.02 * sample).astype(np.float32) for sample in samples]
+    parser.add_argument("--run", default="", help="work directory of a run whose linears to take")
+    arguments = parser.parse_args()
+    weights = _trained(arguments.run) if arguments.run else _random(arguments.rows)
     routes = [_stock, _lattice] if llama_cpp_reader is None else [_stock, _importance, _lattice]
     titles = {_stock: "stock", _importance: "importance matrix", _lattice: "lattice recovery"}
     print("| rule | squared error | " + " | ".join(titles[route] for route in routes) + " |")
@@ -73,8 +74,29 @@ def main() -> None:
         )
         cells = [" / ".join(_percent(share) for share in row) for row in kept / len(weights)]
         print(f"| {name} | {ratios} | " + " | ".join(cells) + " |", flush=True)
-    print("\nSquared error relative to ggml's rule for normal, Laplace and Student (5) weights;")
-    print("per cent of codes / whole blocks / bfloat16 values kept, mean of the three.")
+    kinds = "the run's" if arguments.run else "normal, Laplace and Student (5)"
+    print(f"\nSquared error relative to ggml's rule for {kinds} weights;")
+    print("per cent of codes / whole blocks / bfloat16 values kept, in the mean of these.")
+
+
+def _random(rows: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (rows, LENGTH)
+    samples = [rng.standard_normal(shape), rng.laplace(size=shape), rng.standard_t(5, size=shape)]
+    return [(0.02 * sample).astype(np.float32) for sample in samples]
+
+
+def _trained(workdir: str) -> list[np.ndarray]:
+    """All blocks of the float master weights that a run trained under its recipe, as one array."""
+    run = load_run(workdir)
+    if run.table is None:
+        raise SystemExit(f"{workdir}: a run in float; name one that trained with a recipe")
+    arrays = trees.weights(run.model)
+    blocks = [
+        np.moveaxis(np.asarray(arrays[entry.path][0], np.float32), entry.axis, -1).reshape(-1, 32)
+        for entry in run.table.quantized
+    ]
+    return [np.concatenate(blocks)]
 
 
 def _kept(codes, stored, found_codes, found_values) -> tuple[float, float, float]:

@@ -278,6 +278,48 @@ def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def kl_against(
+    found: Results,
+    recipe: str,
+    other: str,
+    *,
+    size: str,
+    arm: str,
+    seed: int = 0,
+    tokens: str = "answer",
+) -> tuple[Interval, Interval]:
+    """What one recipe costs beside another: the KL of an arm to its own float model under both.
+
+    Args:
+        found: a comparison of both recipes, so that base, hold-out and training data are shared.
+        recipe: the one in question.
+        other: the one it is held against.
+        size: of the model.
+        arm: "ptq", "control", "qat" or "distill".
+        seed: of the base.
+        tokens: "answer" or "all".
+
+    Returns:
+        KL of `recipe` less that of `other` (nats), and the former over the latter; intervals are
+        paired over the hold-out's sequences.
+
+    Raises:
+        FileNotFoundError: the comparison has no such arm.
+    """
+    ours, theirs = (
+        Scores.load(arm_folder(found.workdir, size, name, arm, seed) / FOLDER).sums(
+            f"kl_to_{OWN_FLOAT[arm]}", tokens=tokens
+        )
+        for name in (recipe, other)
+    )
+    samples = found.summary["config"]["evaluation"]["bootstrap_samples"]
+    bootstrap = Bootstrap(len(ours.total), samples=samples)
+    return (
+        bootstrap.interval(lambda w: ours.mean(w) - theirs.mean(w)),
+        bootstrap.interval(lambda w: ours.mean(w) / theirs.mean(w)),
+    )
+
+
 def recovery_text(record: Mapping[str, Any], name: str) -> str:
     """`82 % [79, 85]`, the reason for having no number, or nothing where it is not defined."""
     if name in record["notes"]:

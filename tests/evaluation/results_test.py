@@ -7,7 +7,13 @@ import pytest
 
 from gemmaqat.evaluation import results as results_module
 from gemmaqat.evaluation.findings import findings
-from gemmaqat.evaluation.results import make_records, over_seeds, recovery_text, results
+from gemmaqat.evaluation.results import (
+    kl_against,
+    make_records,
+    over_seeds,
+    recovery_text,
+    results,
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,21 @@ def test_seeds_are_averaged_with_their_range(found, fabricated):
     assert own["metrics"]["answer_perplexity"] == pytest.approx(np.mean(single))
     assert own["intervals"]["answer_perplexity"] == sorted(single)
     assert over_seeds(r for r in found.records if r["seed"] == 0) == []
+
+
+@pytest.mark.parametrize("arm", ["ptq", "qat"])
+def test_recipes_are_held_against_each_other_by_the_kl_to_the_own_float(found, arm):
+    mild, severe = (
+        found.record("tiny_a", recipe, arm, 0)["metrics"]["answer_kl_to_own"]
+        for recipe in ("mild", "severe")
+    )
+    difference, ratio = kl_against(found, "mild", "severe", size="tiny_a", arm=arm)
+    assert difference.value == pytest.approx(mild - severe)
+    assert ratio.value == pytest.approx(mild / severe)
+    assert difference.low <= difference.value <= difference.high
+    same, one = kl_against(found, "mild", "mild", size="tiny_a", arm=arm)
+    # The same sequences on both sides: where nothing differs there is no spread either.
+    assert (same.low, same.high, one.low, one.high) == (0, 0, 1, 1)
 
 
 def test_curves_and_layer_errors_are_read_per_arm(found):

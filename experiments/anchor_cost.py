@@ -1,0 +1,17 @@
+"""What do the anchored 5-bit scales of `q4_0` cost a model, against blocks that are free of both?
+
+`q4_0` holds a code -8 in every block and scales of five significant bits, so that a bfloat16
+checkpoint and the stock quantizer keep every code; `q4_0_free` has any scale. Both start from the
+same float base, on the same tokens in the same order.
+
+    gemmaqat compare --config=experiments/anchor_cost.py --workdir=runs/anchor_e2b_mini
+    gemmaqat compare --config=experiments/anchor_cost.py:31b_mini --workdir=runs/anchor_31b_mini
+"""
+
+from gemmaqat.config import base
+
+
+def get_config(size: str = "e2b_mini"):
+    cfg = base(size)
+    cfg.compare.recipes = ("q4_0", "q4_0_free")
+    return cfg
