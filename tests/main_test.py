@@ -85,13 +85,15 @@ def test_verb_help_lists_its_flags_only(capsys):
 
 def test_doctor_says_versions_devices_kernels_memory_and_cache(capsys):
     page = command(capsys, "doctor")
-    for word in ("python 3", "jax ", "device 0: cpu", "free memory", "kernels: ", "cache: off"):
+    for word in ("python 3", "jax ", "device 0: cpu", "free memory", "kernels: ", "cache: "):
         assert word in page
 
 
 def test_the_compilation_cache_follows_flag_and_variable(capsys, tmp_path, monkeypatch):
     before = jax.config.values["jax_compilation_cache_dir"]
     try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert "cache: off" in command(capsys, "doctor", "--compilation_cache=off")
         assert f"cache: {tmp_path}" in command(capsys, "doctor", f"--compilation_cache={tmp_path}")
         monkeypatch.delenv("GEMMAQAT_COMPILATION_CACHE")
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -132,10 +134,11 @@ def test_train_quantize_evaluate_generate_go_together(capsys, run, tmp_path):
     page = command(capsys, "evaluate", f"--workdir={run}")
     assert re.search(r"float +int4_channel", page) and "answer_perplexity" in page
 
-    before = sorted(path.read_bytes() for path in packed.iterdir())
+    files = [path for path in packed.rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in files]
     message = mistake(capsys, "quantize", f"--checkpoint={run}", f"--workdir={packed}")
     assert "not empty" in message
-    assert sorted(path.read_bytes() for path in packed.iterdir()) == before
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_a_hugging_face_folder_is_quantized_and_keeps_its_companions(capsys, config, tmp_path):
