@@ -122,7 +122,8 @@ def quantize(options: Any) -> None:
     graphdef, params = nnx.split(loaded.model)
     model = prepare(nnx.merge(graphdef, dequantize_params(params)), table)
     if table.activations:
-        check_vocabulary(make_tokenizer(experiment.data), model.config.vocab_size)
+        if table.calibrated:
+            check_vocabulary(make_tokenizer(experiment.data), model.config.vocab_size)
         graphdef, params = nnx.split(model)
         model = nnx.merge(graphdef, calibrated(graphdef, params, table, experiment))
     packed = convert(model, table)

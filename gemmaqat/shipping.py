@@ -100,7 +100,7 @@ def _shipment(source: Path, options: Any) -> Shipment:
         experiment, model=dataclasses.replace(experiment.model, checkpoint=str(source))
     )
     table = commands._resolve(experiment, commands._model_config(experiment))
-    if any(entry.constant is None for entry in table.activations):
+    if table.calibrated:
         raise ValueError(
             f"--config: recipe {table.recipe!r} quantizes activations, whose scales are calibrated "
             "from data; run `gemmaqat quantize` or `train` first and export what it wrote."

@@ -90,6 +90,15 @@ def test_float_arms_and_recipes_without_activations_keep_every_scale_at_zero(fin
     assert bytes_of[NO_RECIPE, "float"] == float_size
 
 
+def test_stored_bytes_and_bits_are_those_of_the_table_scales_of_activations_included(finished, arm):
+    table = load_run(arm).table
+    (metrics,) = [r["metrics"] for r in finished[1].results.records
+                  if (r["recipe"], r["arm"]) == (MOBILE, "qat")]  # fmt: skip
+    assert table.activation_bytes == 4 * len(table.activations) > 0
+    assert metrics["bytes"] == table.num_bytes
+    assert metrics["bits_per_weight"] == pytest.approx(table.bits_per_weight(), rel=1e-12)
+
+
 def test_all_clamped_arms_from_one_start_share_their_scales(finished):
     found = [
         scales(load_run(arm_folder(finished[0], SIZE, MOBILE, name, 0)).model)

@@ -305,15 +305,14 @@ def _token_means(sequences: dict[str, np.ndarray], references: Sequence[str]) ->
 def _storage(converted: Params, table: Table | None) -> dict[str, float]:
     """Bytes of all parameters as they are stored, and the same in bits per parameter.
 
-    Scales of activations that the table does not quantize stand for nothing that is stored.
+    Of the scales of activations, those that the table stores count as bytes: see `Table`.
     """
-    used = frozenset() if table is None else table.activation_scales
     leaves = [
         leaf
-        for path, (leaf, metadata) in trees.weights(converted).items()
-        if path in used or not trees.is_activation_scale(metadata)
+        for leaf, metadata in trees.weights(converted).values()
+        if not trees.is_activation_scale(metadata)
     ]
-    total = sum(leaf.nbytes for leaf in leaves)
+    total = sum(leaf.nbytes for leaf in leaves) + (table.activation_bytes if table else 0)
     return {"bytes": float(total), "bits_per_weight": 8 * total / sum(leaf.size for leaf in leaves)}
 
 

@@ -6,7 +6,9 @@ float unless asked for, as in Google's files. Experts of the 26B-A4B stay float 
 no reader is known to load a packed form.
 
 Static activation scales become `input_scale` and `output_scale`; a scale of 0 is a module without
-that quantizer. What the format has no place for (key/value caches) goes to the header's metadata.
+that quantizer. Dynamic inputs, a scale for each token, are told by the configuration: 8-bit weights
+in channels between them are the library's W8A8. What the format has no place for (key/value caches,
+inputs of float experts) goes to the header's metadata.
 """
 
 import dataclasses
@@ -50,8 +52,8 @@ class Scheme(NamedTuple):
 
     bits: int  # of the weights; 0 = float
     group: int  # weights under one scale; 0 = a whole row
-    input: bool  # a static int8 quantizer
-    output: bool
+    input: str  # "", "static" or "dynamic": an int8 quantizer
+    output: bool  # a static one
 
     @property
     def format(self) -> str:
@@ -62,13 +64,14 @@ class Scheme(NamedTuple):
 
     def to_json(self, targets: list[str]) -> dict[str, Any]:
         """The group of the configuration."""
-        activation = _quantizer(8, "tensor", None)
+        static = _quantizer(8, "tensor", None)
+        dynamic = _quantizer(8, "token", None) | {"dynamic": True}
         weights = _quantizer(self.bits, "group" if self.group else "channel", self.group or None)
         return {
             "targets": targets,
             "weights": weights if self.bits else None,
-            "input_activations": activation if self.input else None,
-            "output_activations": activation if self.output else None,
+            "input_activations": {"static": static, "dynamic": dynamic}.get(self.input),
+            "output_activations": static if self.output else None,
             "format": self.format,
         }
 
@@ -93,7 +96,7 @@ class _Plan:
     options: ExportOptions
     progress: Progress | None
     scales: dict[str, float]  # activation scales, by hook
-    clamped: set[str] = dataclasses.field(default_factory=set)  # hooks whose scale has a tensor
+    clamped: set[str] = dataclasses.field(default_factory=set)  # hooks that the folder tells of
     jobs: list[Job] = dataclasses.field(default_factory=list)
     schemes: dict[str, Scheme] = dataclasses.field(default_factory=dict)  # by module
     ignored: list[str] = dataclasses.field(default_factory=list)
@@ -132,9 +135,16 @@ def write_compressed_tensors(
     plan.ignored += carried_linears(layout)
     layout.config["quantization_config"] = _quantization_config(plan)
     left = {hook: scale for hook, scale in scales.items() if hook not in plan.clamped}
-    metadata = activation_scales.metadata_of(left) | grids_metadata(plan.grids)
+    metadata = activation_scales.metadata_of(left, shipment.table.dynamic)
+    metadata |= grids_metadata(plan.grids)
     written = write_folder(shipment, folder, layout, plan.jobs, options, metadata=metadata)
-    return written + [activation_scales.written(h, scale, h in left) for h, scale in scales.items()]
+    return written + [_written_scale(plan, hook) for hook in scales]
+
+
+def _written_scale(plan: _Plan, hook: str) -> Written:
+    told = activation_scales.written(hook, plan.scales[hook], hook not in plan.clamped)
+    in_config = hook in plan.clamped and hook in plan.shipment.table.dynamic
+    return told._replace(stored="int8 per token") if in_config else told
 
 
 def _plan_tensor(plan: _Plan, tensor: ShippedTensor) -> None:
@@ -186,7 +196,7 @@ def _plan_experts(plan: _Plan, tensor: ShippedTensor) -> None:
     leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
     experts, rows = tensor.shape[0], tensor.shape[1] // len(leaves)
     parts = [f"{stack}.{expert}.{name}" for expert in range(experts) for name in leaves]
-    scheme = _scheme(tensor.grid, (False, False))
+    scheme = _scheme(tensor.grid, (_dynamic_input(plan, tensor), False))
     plan.schemes |= dict.fromkeys(parts, scheme)
     plan.grids[tensor.path] = tensor.grid
     declared = [d for part in parts for d in _declared(tensor, part, rows, scheme)]
@@ -201,7 +211,7 @@ def _plan_experts(plan: _Plan, tensor: ShippedTensor) -> None:
 
 
 def _pack(
-    plan: _Plan, tensor: ShippedTensor, *modules: str, clamps: tuple[bool, bool] = (False, False)
+    plan: _Plan, tensor: ShippedTensor, *modules: str, clamps: tuple[str, bool] = ("", False)
 ) -> None:
     """Plans a quantized matrix, in as many copies as there are modules."""
     assert tensor.grid is not None
@@ -221,23 +231,30 @@ def _pack(
     plan.jobs.append(Job(declared, run))
 
 
-def _clamps(plan: _Plan, tensor: ShippedTensor, module: str) -> tuple[bool, bool]:
-    """Plans the activation scales of a linear; whether its input and output have one."""
-    found = []
-    for name, hook in zip(
-        ("input_scale", "output_scale"),
-        activation_scales.edges(tensor.path.removesuffix("/weight")),
-        strict=True,
-    ):
-        scale = plan.scales.get(hook, 0.0)
-        found.append(scale != 0)
+def _clamps(plan: _Plan, tensor: ShippedTensor, module: str) -> tuple[str, bool]:
+    """Plans the activation scales of a linear: `Scheme.input` and `Scheme.output`."""
+    hooks = activation_scales.edges(tensor.path.removesuffix("/weight"))
+    dynamic = _dynamic_input(plan, tensor)
+    static = []
+    for name, hook in zip(("input_scale", "output_scale"), hooks, strict=True):
+        scale = 0.0 if hook in plan.shipment.table.dynamic else plan.scales.get(hook, 0.0)
+        static.append(scale != 0)
         if scale:
             plan.clamped.add(hook)
             plan.jobs.append(scalar(f"{module}.{name}", scale, shape=(1,)))
-    return found[0], found[1]
+    return dynamic or "static" * static[0], static[1]
 
 
-def _scheme(grid: Grid, clamps: tuple[bool, bool]) -> Scheme:
+def _dynamic_input(plan: _Plan, tensor: ShippedTensor) -> str:
+    """`Scheme.input` of a module as far as it is dynamic; the configuration then tells of it."""
+    hook = activation_scales.edges(tensor.path.removesuffix("/weight")).input
+    if hook not in plan.shipment.table.dynamic or not plan.scales[hook]:
+        return ""
+    plan.clamped.add(hook)
+    return "dynamic"
+
+
+def _scheme(grid: Grid, clamps: tuple[str, bool]) -> Scheme:
     return Scheme(grid.bits, max(grid.block, 0), *clamps)
 
 

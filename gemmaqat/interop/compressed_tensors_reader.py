@@ -1,11 +1,13 @@
 """Reader of compressed-tensors folders of Gemma 4: pack-quantized and int-quantized integers.
 
 Bits and groups follow from the tensors' shapes and must be ones that `quantization_config` names;
-which module a group is meant for is not asked, for the tensors say it. Symmetric integers alone:
-zero points, reordered groups and float types are refused.
+which module a group is meant for is asked for dynamic inputs alone, for the tensors say the rest.
+Symmetric integers alone: zero points, reordered groups and float types are refused.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +47,37 @@ class _Weight(NamedTuple):
     read: Callable[[int, int], Piece]
 
 
+class _DynamicInputs:
+    """Which linears round each token of their input, by the targets of the configuration.
+
+    As in the library, names go before patterns and those before classes.
+    """
+
+    def __init__(self, section: Mapping[str, Any], where: str):
+        self._ignored = _targets(section.get("ignore"), f"{where}: ignore")
+        self._dynamic: dict[str, bool] = {}
+        for name, group in section["config_groups"].items():
+            told = _check_activation(
+                group.get("input_activations"), f"{where}: config_groups.{name}.input_activations"
+            )
+            targets = _targets(group.get("targets"), f"{where}: config_groups.{name}.targets")
+            self._dynamic |= dict.fromkeys(targets, told)
+
+    def __call__(self, module: str) -> bool:
+        if not any(self._dynamic.values()) or self._find(module, self._ignored) is not None:
+            return False
+        target = self._find(module, self._dynamic)
+        return target is not None and self._dynamic[target]
+
+    def _find(self, module: str, targets: Mapping[str, Any]) -> str | None:
+        """The target that names a linear best."""
+        if module in targets:
+            return module
+        patterns = (target for target in targets if target.startswith("re:"))
+        matching = (t for t in patterns if re.match(t.removeprefix("re:"), module))
+        return next(matching, "Linear" if "Linear" in targets else None)
+
+
 def read_compressed_tensors(path: Path) -> Shipment:
     """A folder that this library, llm-compressor or Google wrote; tensors stay mapped.
 
@@ -56,6 +89,8 @@ def read_compressed_tensors(path: Path) -> Shipment:
     folder = QuantizedFolder(Path(path), QUANT_METHOD)
     groups = _groups(folder)
     known = known_grids(folder.metadata, str(folder.folder))
+    is_dynamic = _DynamicInputs(folder.section, folder.where)
+    dynamic: dict[str, dict[str, bool]] = defaultdict(dict)  # by hook point and module
     for parameter, shape in folder.parameters.items():
         module = folder.module(parameter)
         if ".experts." in module:
@@ -69,6 +104,12 @@ def read_compressed_tensors(path: Path) -> Shipment:
             folder.keep(parameter)
         if len(shape) == 2 and parameter not in VOCABULARY_TABLES:
             _take_clamps(folder, parameter, module)
+            modules = [module]
+        if parameter not in VOCABULARY_TABLES:
+            hook = activation_scales.edges(parameter.removesuffix("/weight")).input
+            dynamic[hook] |= {name: is_dynamic(name) for name in modules}
+    for hook, told in dynamic.items():
+        _take_dynamic(folder, hook, told)
     _take_head(folder)
     rules = tuple(
         f"{g.name}: int{g.bits}, {f'blocks of {g.size}' if g.size else 'channel'}" for g in groups
@@ -188,7 +229,8 @@ def _expert_modules(folder: QuantizedFolder, module: str, shape: tuple[int, ...]
         return []
     stack, leaf = module.rsplit(".", 1)
     leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-    if shape[0] * len(leaves) > len(folder) or f"{stack}.0.{leaves[0]}.weight_packed" not in folder:
+    first = (f"{stack}.0.{leaves[0]}.{name}" for name in ("weight_packed", "weight"))
+    if shape[0] * len(leaves) > len(folder) or not any(name in folder for name in first):
         return []  # and the stack is missing
     return [f"{stack}.{expert}.{name}" for expert in range(shape[0]) for name in leaves]
 
@@ -199,6 +241,18 @@ def _take_clamps(folder: QuantizedFolder, parameter: str, module: str) -> None:
         name = f"{module}.{leaf}"
         if name in folder:
             folder.scales.add(hook, folder.number(name), name=name)
+
+
+def _take_dynamic(folder: QuantizedFolder, hook: str, told: dict[str, bool]) -> None:
+    """Takes a dynamic quantizer, about which the modules that share it must agree."""
+    if len(set(told.values())) > 1:
+        one, other = (next(name for name in told if told[name] is flag) for flag in (True, False))
+        raise ValueError(
+            f"{folder.where}: the input of {one!r} is dynamic, that of {other!r} is not; they are "
+            "one activation, which cannot be both."
+        )
+    if any(told.values()):
+        folder.scales.add_dynamic(hook, name=next(iter(told)))
 
 
 def _take_head(folder: QuantizedFolder) -> None:
@@ -237,8 +291,11 @@ def _groups(folder: QuantizedFolder) -> list[_Group]:
         stored = group.get("format") or section.get("format")
         if stored not in _FORMATS:
             raise ValueError(f"{where}: format {stored!r} is not one of {', '.join(_FORMATS)}.")
-        for field in ("input_activations", "output_activations"):
-            _check_activation(group.get(field), f"{where}.{field}")
+        if _check_activation(group.get("output_activations"), f"{where}.output_activations"):
+            raise ValueError(
+                f"{where}.output_activations: dynamic; only inputs can be, this scheme cannot be "
+                "evaluated here."
+            )
         if group.get("weights") is not None:
             groups.append(_group(name, group["weights"], where))
     return groups
@@ -267,14 +324,28 @@ def _group(name: str, weights: Any, where: str) -> _Group:
     return _Group(name, int(weights["num_bits"]), block if strategy == "group" else 0)
 
 
-def _check_activation(found: Any, where: str) -> None:
-    """Static int8 per tensor alone; what a scale of each token rounds cannot be evaluated here."""
+def _check_activation(found: Any, where: str) -> bool:
+    """Whether a quantizer is dynamic per token; it can also be static per tensor, or none."""
     if found is None:
-        return
-    expected = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}
-    wrong = not isinstance(found, dict) or found.get("dynamic")
-    if wrong or any(found.get(field, value) != value for field, value in expected.items()):
+        return False
+    given = found if isinstance(found, dict) else {"type": None}
+    dynamic = bool(given.get("dynamic"))
+    expected = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": dynamic}
+    # Without a word, the library takes the whole tensor.
+    right = given.get("strategy", "tensor") == ("token" if dynamic else "tensor")
+    if not right or any(given.get(field, value) != value for field, value in expected.items()):
         raise ValueError(
-            f"{where}: {found!r} is no static symmetric int8 per tensor; this scheme cannot be "
-            "evaluated here."
+            f"{where}: {found!r} is no symmetric int8 that is static per tensor or dynamic per "
+            "token; this scheme cannot be evaluated here."
         )
+    return dynamic
+
+
+def _targets(found: Any, where: str) -> dict[str, None]:
+    """A list of names and patterns, in order."""
+    try:
+        for name in found or ():
+            re.compile(name.removeprefix("re:"))
+        return dict.fromkeys(found or ())
+    except (AttributeError, TypeError, re.error):
+        raise ValueError(f"{where} is no list of names and patterns; correct it.") from None

@@ -81,10 +81,16 @@ def write_gemma_mobile(
         progress: told the number of weights of each piece written.
 
     Raises:
-        ValueError: a weight with blocks, half-integer levels or more than one scale per row; a
-            value that the float dtype cannot hold; carried tensors quantized in another format.
+        ValueError: dynamic activations; a weight with blocks, half-integer levels or more than one
+            scale per row; a value that the float dtype cannot hold; carried tensors quantized in
+            another format.
     """
     layout = without_foreign(layout_of(shipment, text_only=options.text_only), QUANT_METHOD)
+    if dynamic := sorted(shipment.table.dynamic):
+        raise ValueError(
+            f"gemma-mobile: {dynamic[0]} is quantized under a scale for each token, this format "
+            "has static scales alone; export as 'compressed-tensors', or use a mobile recipe."
+        )
     scales = activation_scales.scales_of(shipment)
     plan = _Plan(shipment, layout, options, progress, scales)
     for tensor in shipment.tensors.values():
@@ -96,7 +102,7 @@ def write_gemma_mobile(
     plan.kept += carried_linears(layout)
     layout.config["quantization_config"] = _quantization_config(plan)
     left = {hook: scale for hook, scale in scales.items() if hook not in plan.stored}
-    metadata = activation_scales.metadata_of(left) | grids_metadata(plan.grids)
+    metadata = activation_scales.metadata_of(left, ()) | grids_metadata(plan.grids)
     written = write_folder(shipment, folder, layout, plan.jobs, options, metadata=metadata)
     return written + [activation_scales.written(h, scale, h in left) for h, scale in scales.items()]
 

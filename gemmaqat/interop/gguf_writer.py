@@ -17,7 +17,7 @@ from absl import logging
 from gguf.gguf_writer import WriterState
 
 import gemmaqat
-from gemmaqat.interop import gguf_model, seal
+from gemmaqat.interop import activation_scales, gguf_model, seal
 from gemmaqat.interop.gguf_storage import Storage, choose
 from gemmaqat.interop.gguf_tokenizer import tokenizer_metadata
 from gemmaqat.interop.grid_metadata import grids_metadata
@@ -25,6 +25,7 @@ from gemmaqat.interop.options import ExportOptions, Written
 from gemmaqat.interop.shipment import VOCABULARY_TABLES, Shipment, ShippedTensor
 from gemmaqat.interop.source import pieces
 from gemmaqat.quantization.grid import TENSOR, Grid
+from gemmaqat.quantization.table import SCALE
 
 NO_CLAMPS = "without the activation clamps it was evaluated with"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q6_K": 18, "BF16": 32}
@@ -114,7 +115,7 @@ def _say(shipment: Shipment, storages: Mapping[str, Storage], *, clamps: bool) -
     """Everything about the file that its reader could overlook, once."""
     if clamps:
         logging.warning(
-            "GGUF holds no activation scales: the file is the model %s, not the evaluated one.",
+            "GGUF holds no quantized activations: the file is the model %s, not the evaluated one.",
             NO_CLAMPS,
         )
     if shipment.carried:
@@ -201,7 +202,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 def _written(storage: Storage, clamps: Mapping[str, ShippedTensor]) -> Written:
     tensor = storage.tensor
     notes = [storage.note] if storage.note else []
-    module = tensor.path.rpartition("/")[0]
-    if any(path.startswith((f"{module}/input", f"{module}/output")) for path in clamps):
+    hooks = activation_scales.edges(tensor.path.rpartition("/")[0])
+    if any(f"{hook}/{SCALE}" in clamps for hook in hooks):
         notes.append(NO_CLAMPS)
     return Written(tensor.path, storage.kind, storage.type.name, "; ".join(notes))

@@ -50,7 +50,7 @@ def write_hf(
         for path, tensor in shipment.tensors.items()
         if path not in shipment.table.activation_scales
     ]
-    metadata = activation_scales.metadata_of(scales)
+    metadata = activation_scales.metadata_of(scales, shipment.table.dynamic)
     written = write_folder(shipment, folder, layout, jobs, options, metadata=metadata)
     return written + [activation_scales.written(hook, s, True) for hook, s in scales.items()]
 

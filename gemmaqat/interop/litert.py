@@ -165,8 +165,7 @@ def _check(shipment: Shipment, options: ExportOptions) -> None:
             f"litert: prefill_lengths {options.prefill_lengths} must be one or more numbers "
             f"between 1 and cache_length ({options.cache_length})."
         )
-    dynamic = [entry.path for entry in shipment.table.activations if not entry.static]
-    if dynamic:
+    if dynamic := sorted(shipment.table.dynamic):
         raise ValueError(
             f"litert: {dynamic[0]} is quantized dynamically, LiteRT's quantizers are static; "
             "calibrate static scales, or leave activations float and set dynamic_activations."

@@ -133,7 +133,7 @@ def _check(shipment: Shipment, options: ExportOptions) -> None:
     if shipment.table.activations:
         raise ValueError(
             f"{shipment.table.activations[0].path}: the google-deepmind tree has no place for "
-            "activation scales; use gemma-mobile, or a recipe without activations."
+            "quantized activations; use compressed-tensors, or a recipe without them."
         )
     shared = tuple(
         hf.tensor_name(name)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from gemmaqat.quantization import trees
 from gemmaqat.quantization.rule import ACTIVATION_FIELDS, Rule
-from gemmaqat.quantization.table import ActivationEntry
+from gemmaqat.quantization.table import ON, ActivationEntry
 from gemmaqat.typing import Params
 
 _FIELDS = {"input": "act_qtype", "output": "output_qtype"}  # by the hook point's name
@@ -91,16 +91,22 @@ def _first_match(module: str, chain: Sequence[Rule]) -> int | None:
 def _wish(chain: Sequence[Rule], number: int | None, field: str) -> tuple[Any, ...]:
     if number is None or getattr(chain[number], field) is None:
         return ()
-    return getattr(chain[number], field), chain[number].act_calibration_method
+    rule = chain[number]
+    return getattr(rule, field), rule.act_static_scale, rule.act_calibration_method
 
 
 def _entry(path: str, rule: Rule, number: int, field: str) -> ActivationEntry:
-    values = field == "kv_qtype" and path.rpartition("/")[2] == _VALUES
+    constant = None
+    if rule.dynamic:
+        constant = ON
+    elif field == "kv_qtype" and path.rpartition("/")[2] == _VALUES:
+        constant = rule.value_scale
     return ActivationEntry(
         path=path,
         qtype=getattr(rule, field),
+        static=rule.act_static_scale,
         calibration=rule.act_calibration_method,
-        constant=rule.value_scale if values else None,
+        constant=constant,
         rule=number,
         rule_name=rule.name,
     )

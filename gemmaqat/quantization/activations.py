@@ -1,11 +1,16 @@
-"""Static activation quantizers: int8 with one scale per hook point, straight-through gradient.
+"""Activation quantizers: int8 at hook points, with a straight-through gradient.
 
-`prepare` puts a `StaticQuantizer` at every hook point that a table's activation entries name. Its
-scale is a parameter like any other: trained or fixed, saved with the weights, shipped as a number.
-A scale of 0 means "not calibrated" and passes the activation on unchanged, so a prepared model
-whose scales are all 0 is the float model, and float and quantized arms share one program.
+`prepare` puts a quantizer at every hook point that a table's activation entries name:
 
     x -> clamp(round_half_even(x / s), -128, 127) * s
+
+The scale s of a `StaticQuantizer` is a parameter like any other: trained or fixed, saved with the
+weights, shipped as a number. That of a `DynamicQuantizer` is each token's own, its largest
+magnitude / 127.5 (compressed-tensors' "int8, symmetric, token, dynamic"); what stands as its scale
+among the parameters is a switch, 1 or 0, which is never trained and takes no room in a file.
+
+A scale of 0 means "off" (not calibrated) and passes the activation on unchanged, so a prepared
+model whose scales are all 0 is the float model, and float and quantized arms share one program.
 """
 
 from typing import Any, TypeVar
@@ -22,6 +27,7 @@ from gemmaqat.quantization.table import SCALE, Table
 from gemmaqat.typing import Params
 
 LOWEST, HIGHEST = -128, 127
+_HALF_RANGE = (HIGHEST - LOWEST) / 2  # a token's largest magnitude, in its steps
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -39,6 +45,21 @@ class StaticQuantizer(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The nearest of the 256 values; `x` itself where the scale is 0."""
         return quantize_statically(x, self.scale.get_value())
+
+
+class DynamicQuantizer(nnx.Module):
+    """A hook point that rounds every token to 8 bits under the scale of its largest magnitude."""
+
+    is_hook_point = True
+
+    def __init__(self, switch: Any, *, feeds: tuple[str, ...] = ()):
+        """`switch`: float32 `()`, 0 = off, an array or its abstract shape; `feeds` as above."""
+        self.scale = nnx.Param(switch, activation_scale=True, axes=())
+        self.feeds = feeds
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The nearest of the 256 values of each token; `x` itself where the switch is 0."""
+        return quantize_by_token(x, self.scale.get_value())
 
 
 @jax.custom_vjp
@@ -87,6 +108,34 @@ def _is_off(scale: Array, ndim: int) -> Array:
     return (scale == 0).reshape((1,) * ndim)
 
 
+@jax.custom_vjp
+def quantize_by_token(x: Float[Array, "... D"], switch: Float[Array, ""]) -> Float[Array, "... D"]:
+    """Each row of the last axis on the 8-bit grid of its largest magnitude / 127.5, in float32.
+
+    Gradients: to `x` as it is, to the switch none. A row of zeros stays one.
+
+    Source: compressed-tensors 0.20, `compute_dynamic_scales_and_zp` and `fake_quantize`.
+    """
+    wide = x.astype(jnp.float32)
+    reach = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    # Divisors that depend on what is divided: see `_ratio`.
+    scale = reach / jnp.where(reach > 0, np.float32(_HALF_RANGE), 1)
+    step = jnp.where((wide != 0) & (scale > 0), scale, 1)
+    codes = jnp.clip(jnp.round(wide / step), LOWEST, HIGHEST)
+    return jnp.where(_is_off(switch, x.ndim), x, (codes * scale).astype(x.dtype))
+
+
+def _forward_by_token(x: Array, switch: Array) -> tuple[Array, Array]:
+    return quantize_by_token(x, switch), switch
+
+
+def _backward_by_token(switch: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, jnp.zeros_like(switch)
+
+
+quantize_by_token.defvjp(_forward_by_token, _backward_by_token)
+
+
 def prepare(model: Model, table: Table) -> Model:
     """A model like this one with a quantizer at every hook point that the table names.
 
@@ -98,23 +147,30 @@ def prepare(model: Model, table: Table) -> Model:
         table: resolved for this model; one without activations changes nothing.
 
     Raises:
-        ValueError: the table names a hook point that the model does not have.
+        ValueError: the table names a hook point that the model does not have, or wants a static
+            quantizer where there is a dynamic one, or the other way round.
     """
     if not table.activations:
         return model
     hooks = trees.hook_points(model)
+    off, new = _scale_zero(model), {}
     for entry in table.activations:
-        if entry.path not in hooks:
+        kind = StaticQuantizer if entry.static else DynamicQuantizer
+        hook = hooks.get(entry.path)
+        if hook is None:
             raise ValueError(
                 f"{entry.path}: no such hook point in the model; resolve the rules for this model "
                 "and use that table."
             )
-    off = _scale_zero(model)
-    new = {
-        entry.path: StaticQuantizer(off, feeds=hooks[entry.path].feeds)
-        for entry in table.activations
-        if not isinstance(hooks[entry.path], StaticQuantizer)
-    }
+        if isinstance(hook, (StaticQuantizer, DynamicQuantizer)):
+            if not isinstance(hook, kind):
+                raise ValueError(
+                    f"{entry.path}: the model has a {type(hook).__name__} here, the table asks for "
+                    f"a {kind.__name__}; compare such recipes in runs of their own, from a model "
+                    "that has neither."
+                )
+            continue
+        new[entry.path] = kind(off, feeds=hook.feeds)
     return trees.with_modules(model, new)
 
 

@@ -65,6 +65,12 @@ _GRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+# compressed-tensors W8A8: the grids of `int8`, and each token's input to a linear rounded to 8
+# bits. Not that of experts, which files hold as floats: no reader rounds their inputs.
+_EXPERTS = Rule(name="experts", module_path=r"(.*/)?experts(/.*)?", **_GRIDS["int8"])
+_W8A8 = Rule(name="w8a8", act_qtype="int8", **_GRIDS["int8"])
+
+
 def _rules(name: str, grid: dict[str, Any], *, embeddings: bool) -> tuple[Rule, ...]:
     kept = (_ROUTER,) if embeddings else (_ROUTER, _EMBEDDINGS)
     return (*kept, Rule(name=name, **grid))
@@ -74,6 +80,7 @@ RECIPES: dict[str, tuple[Rule, ...]] = (
     {"none": (Rule(name="float"),)}
     | {name: _rules(name, grid, embeddings=False) for name, grid in _GRIDS.items()}
     | {f"{name}_emb": _rules(f"{name}_emb", grid, embeddings=True) for name, grid in _GRIDS.items()}
+    | {"w8a8": (_ROUTER, _EMBEDDINGS, _EXPERTS, _W8A8), "w8a8_emb": (_ROUTER, _EXPERTS, _W8A8)}
     | MOBILE
 )
 

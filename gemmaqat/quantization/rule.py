@@ -52,8 +52,8 @@ class Rule:
     """Modules by path, and what becomes of their weights and activations.
 
     The first eight fields are qwix's and mean what they mean there; `module_path` is matched whole,
-    first match wins. A rule that sets nothing else gives qwix's codes. Activations are quantized
-    under static scales alone.
+    first match wins. A rule that sets nothing else gives qwix's codes. Without a static scale, an
+    input is rounded token by token, whatever the blocks of the weight.
     """
 
     module_path: str = ".*"  # regular expression for the whole path, e.g. r"layers/\d+/mlp/.*"
@@ -64,7 +64,7 @@ class Rule:
     weight_calibration_method: str = "absmax"  # or "absmax,<factor>"
     disable_channelwise_axes: bool = False  # one scale per matrix
     act_qtype: Any = None  # int8: the module's input; modules that share one must agree on it
-    act_static_scale: bool = False  # True wherever an activation is quantized
+    act_static_scale: bool = False  # one calibrated scale; False: each token of an input its own
     act_calibration_method: str = "absmax"  # mean over batches of the largest magnitude, or
     #                                         "absmax,<factor>", "percentile,<percent>", "mse"
 
@@ -167,10 +167,10 @@ class Rule:
             if found is not None:
                 found = _qtype_name(found, field, ACTIVATION_QTYPES)
                 object.__setattr__(self, field, found)
-            if found is not None and not self.act_static_scale:
+            if found is not None and not self.act_static_scale and field != "act_qtype":
                 raise ValueError(
-                    f"{field}={found!r} without act_static_scale=True: scales that follow each "
-                    "token (dynamic) are not supported for activations; set it."
+                    f"{field}={found!r} without act_static_scale=True: a scale for each token "
+                    "(dynamic) is for the inputs of modules alone; set it."
                 )
         if self.act_static_scale and not any(getattr(self, f) for f in ACTIVATION_FIELDS):
             raise ValueError(
@@ -178,11 +178,22 @@ class Rule:
                 "output_qtype or kv_qtype, or leave it out."
             )
         check_calibration(self.act_calibration_method)
+        if self.dynamic and self.act_calibration_method != "absmax":
+            raise ValueError(
+                f"act_calibration_method={self.act_calibration_method!r} without "
+                "act_static_scale=True: each token's own largest magnitude makes its scale, "
+                "nothing is calibrated; set it, or leave the method out."
+            )
         if self.value_scale is not None and not (self.kv_qtype and self.value_scale > 0):
             raise ValueError(
                 f"value_scale={self.value_scale} is the positive scale of quantized values; it "
                 "needs kv_qtype."
             )
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether inputs are quantized under a scale for each token."""
+        return self.act_qtype is not None and not self.act_static_scale
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults; `as_rule` reads them."""

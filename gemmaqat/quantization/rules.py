@@ -88,7 +88,7 @@ def resolve(
 
 
 def _calibrated_by(method: str, rule: Rule) -> Rule:
-    if not any(getattr(rule, field) for field in ACTIVATION_FIELDS):
+    if rule.dynamic or not any(getattr(rule, field) for field in ACTIVATION_FIELDS):
         return rule
     return dataclasses.replace(rule, act_calibration_method=method)
 

@@ -15,6 +15,7 @@ FORMAT_VERSION = 2
 WITHOUT_ACTIVATIONS = 1  # version of a table that has none: as earlier ones wrote it
 
 SCALE = "scale"  # name of a quantizer's scale under its hook point
+ON = 1.0  # the "scale" of a dynamic quantizer, which is a switch
 
 FAMILIES = (
     "attention",
@@ -94,9 +95,10 @@ class ActivationEntry:
 
     path: str
     qtype: str = "int8"
-    static: bool = True  # one scale for the tensor, found before and stored with the weights
+    static: bool = True  # one scale for the tensor, found before and stored with the weights;
+    #                      False: each token has its own, from itself
     calibration: str = "absmax"  # absmax[,factor] | percentile,percent | mse
-    constant: float | None = None  # the scale, where it is not calibrated
+    constant: float | None = None  # the scale, where it is not calibrated; ON of a dynamic one
     rule: int
     rule_name: str = ""
 
@@ -137,16 +139,35 @@ class Table:
         return frozenset(f"{entry.path}/{SCALE}" for entry in self.activations)
 
     @property
+    def dynamic(self) -> frozenset[str]:
+        """Hook points where every token has its own scale."""
+        return frozenset(entry.path for entry in self.activations if not entry.static)
+
+    @property
+    def calibrated(self) -> tuple[ActivationEntry, ...]:
+        """Activations whose scale is found from data."""
+        return tuple(entry for entry in self.activations if entry.constant is None)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the static scales of activations; dynamic quantizers store nothing."""
+        return 4 * sum(entry.static for entry in self.activations)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all parameters, packed where they are quantized, scales included."""
-        weights = sum(entry.weight_bytes + entry.scale_bytes for entry in self.entries)
-        return weights + 4 * len(self.activations)
+        """Bytes of all parameters, packed where they are quantized, all scales included."""
+        return sum(e.weight_bytes + e.scale_bytes for e in self.entries) + self.activation_bytes
 
     def bits_per_weight(self, *, quantized_only: bool = False) -> float:
-        """Stored bits per parameter, scales included; floats count with their own dtype."""
+        """Stored bits per parameter; floats count with their own dtype.
+
+        Of all parameters: `num_bytes` over their number, so scales of activations count as bits but
+        not as parameters. Of the quantized ones: their codes and scales alone.
+        """
         entries = self.quantized if quantized_only else self.entries
         weights = sum(entry.num_weights for entry in entries)
-        total = sum(entry.weight_bytes + entry.scale_bytes for entry in entries)
+        of_entries = sum(entry.weight_bytes + entry.scale_bytes for entry in entries)
+        total = of_entries if quantized_only else self.num_bytes
         return 8 * total / weights if weights else 0.0
 
     def coverage(self) -> dict[str, float]:
@@ -262,9 +283,10 @@ def _in_words(entry: Entry) -> str:
 
 
 def _activation(entry: ActivationEntry) -> str:
-    kind = "static" if entry.static else "dynamic"
+    if not entry.static:
+        return f"{entry.qtype} dynamic per token"
     found = entry.calibration if entry.constant is None else f"scale {entry.constant:g}"
-    return f"{entry.qtype} {kind} {found}"
+    return f"{entry.qtype} static {found}"
 
 
 def _entry_from_json(data: Mapping[str, Any]) -> Entry:

@@ -40,11 +40,13 @@ def calibrated(
     if not missing:
         return params
     settings = experiment.quantization
-    loader = make_loader(experiment.data, seed=experiment.seed)
-    batches = [
-        {name: jnp.asarray(batch[name]) for name in _INPUTS}
-        for batch in itertools.islice(loader, settings.calibration_batches)
-    ]
+    batches = []
+    if table.calibrated:
+        loader = make_loader(experiment.data, seed=experiment.seed)
+        batches = [
+            {name: jnp.asarray(batch[name]) for name in _INPUTS}
+            for batch in itertools.islice(loader, settings.calibration_batches)
+        ]
     model = nnx.merge(graphdef, fake_quantize(params, table))
     found = activation_scales(calibrate(model, table, batches))
     return with_scales(params, {path: found[path] for path in missing})

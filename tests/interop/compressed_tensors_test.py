@@ -20,9 +20,11 @@ from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.activations import activation_scales, prepare, with_scales
 from gemmaqat.quantization.convert import convert
 from gemmaqat.quantization.rules import resolve
+from gemmaqat.quantization.table import ON
 
 TWO_LAYERS = ("sliding_attention", "full_attention")
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+DYNAMIC = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
 def shipment_of(size, recipe, rules=(), clamps=None):
@@ -31,8 +33,9 @@ def shipment_of(size, recipe, rules=(), clamps=None):
     table = resolve(recipe, model, rules=rules)
     model = prepare(model, table)
     if clamps is not None:
+        on = {f"{hook}/scale" for hook in table.dynamic}
         found = {h: clamps * (i % 3) for i, h in enumerate(activation_scales(model))}
-        model = with_scales(model, found)
+        model = with_scales(model, found | dict.fromkeys(on, ON))
     return of_model(convert(model, table), table)
 
 
@@ -169,6 +172,72 @@ def test_static_activation_scales_come_back_those_without_a_tensor_too(tmp_path)
     assert {e.path for e in back.table.activations} == {e.path for e in shipment.table.activations}
 
 
+@pytest.mark.parametrize(
+    "size, options, left",
+    [
+        ("e2b_mini", ExportOptions(), set()),
+        # Float experts have no reader of their inputs; the rules of the recipe leave them alone.
+        ("26b_a4b_mini", ExportOptions(), {"experts/input", "experts/down_proj/input"}),
+        ("26b_a4b_mini", ExportOptions(packed_experts=True), set()),
+    ],
+)
+def test_dynamic_inputs_come_back_those_of_float_experts_by_the_header(
+    size, options, left, tmp_path
+):
+    rules = [dict(module_path=".*/o_proj", weight_qtype=None, act_qtype="int8"),
+             dict(module_path=".*/experts/.*", weight_qtype="int8", act_qtype="int8"),
+             dict(module_path="layers/1/mlp/(gate|up)_proj", weight_qtype="int8"),
+             dict(module_path="layers/1/mlp/down_proj", weight_qtype="int8",
+                  act_qtype="int8", act_static_scale=True)]  # fmt: skip
+    if size == "e2b_mini":
+        del rules[1]
+    shipment = shipment_of(size, "w8a8", rules, clamps=ON)
+    told = write_compressed_tensors(shipment, tmp_path, options)
+    assert {t.path for t in told} == set(shipment.tensors)
+    assert {t.path.split("/", 2)[2] for t in told if t.note.startswith("no reader")} == {
+        f"{hook}/scale" for hook in left
+    }
+    back = read_compressed_tensors(tmp_path)
+    assert back.table.dynamic == shipment.table.dynamic and len(back.table.dynamic) > 5
+    assert {e.path for e in back.table.calibrated} == {"layers/1/mlp/down_proj/input"}
+    experts = [path for path in shipment.tensors if "/experts/" in path]
+    assert_same(shipment, back, floats=experts if left else ())
+
+
+def test_w8a8_is_the_preset_of_the_format(tmp_path):
+    write_compressed_tensors(shipment_of("e2b_mini", "w8a8", clamps=ON), tmp_path, ExportOptions())
+    found = section(tmp_path)
+    (group,) = found["config_groups"].values()
+    assert (found["format"], group["format"], group["targets"]) == (
+        "int-quantized", "int-quantized", ["Linear"],
+    )  # fmt: skip
+    expected = dict(num_bits=8, type="int", symmetric=True, group_size=None)
+    assert group["weights"] == expected | dict(strategy="channel", dynamic=False)
+    assert group["input_activations"] == expected | dict(strategy="token", dynamic=True)
+    assert load_file(tmp_path / "model.safetensors")[f"{Q_PROJ}.weight"].dtype == np.int8
+
+
+def test_targets_decide_by_name_then_pattern_then_class(tmp_path):
+    """As others write them, who name few modules and ignore by pattern."""
+    write_compressed_tensors(shipment_of("e2b_mini", "w8a8", clamps=ON), tmp_path, ExportOptions())
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    told = config["quantization_config"]
+    (group,) = told["config_groups"].values()
+    silent = group | {"input_activations": None}
+    o_proj, down = (f"model.layers.1.{m}" for m in ("self_attn.o_proj", "mlp.down_proj"))
+    told["config_groups"] |= {
+        "by pattern": silent | {"targets": ["re:.*layers.1.(self_attn.o|mlp.down)_proj"]},
+        "by name": group | {"targets": [down]},
+    }
+    told["ignore"].append("re:.*per_layer_input_gate")
+    path.write_text(json.dumps(config))
+    found = read_compressed_tensors(tmp_path).table.dynamic
+    assert "layers/1/mlp/down_proj/input" in found and "layers/0/self_attn/o_proj/input" in found
+    assert "layers/1/self_attn/o_proj/input" not in found, o_proj
+    assert not any("per_layer_input_gate" in hook for hook in found)
+
+
 def test_half_integer_levels_and_nothing_quantized_are_refused(tmp_path):
     with pytest.raises(ValueError, match="half-integer levels.*levels='full'"):
         write_compressed_tensors(
@@ -228,7 +297,15 @@ def test_tensors_that_do_not_fit_are_one_sentence(folder, change, message):
         (lambda g: g["weights"].update(type="float"), "type is 'float'"),
         (lambda g: g.update(format="marlin-24"), "format 'marlin-24'"),
         (lambda g: g.update(weights=[4]), "weights is no object"),
-        (lambda g: g.update(input_activations={"dynamic": True}), "no static symmetric int8"),
+        (lambda g: g.update(input_activations={"dynamic": True}), "input.*no symmetric int8 that"),
+        (lambda g: g.update(input_activations=DYNAMIC | {"num_bits": 4}), "no symmetric int8 that"),
+        (lambda g: g.update(output_activations=DYNAMIC), "only inputs can be"),
+        (lambda g: g.update(targets=["re:("]), "group_0.targets is no list"),
+        (lambda g: g.update(targets=[3]), "group_0.targets is no list"),
+        (
+            lambda g: g.update(input_activations=DYNAMIC, targets=[Q_PROJ]),
+            "q_proj' is dynamic",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_is_one_sentence(folder, change, message):

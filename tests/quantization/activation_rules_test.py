@@ -68,7 +68,11 @@ def test_keys_and_values_need_their_own_field(model):
 
 
 REFUSED = {
-    "dynamic scales": (dict(act_qtype="int8"), "act_qtype='int8' without act_static_scale=True"),
+    "dynamic outputs": (dict(output_qtype="int8"), "output_qtype='int8' without act_static_scale"),
+    "calibrated dynamic scales": (
+        dict(act_qtype="int8", act_calibration_method="mse"),
+        "act_calibration_method='mse' without act_static_scale",
+    ),
     "four bits": (dict(act_qtype="int4", **STATIC), "act_qtype='int4' is not one of int8"),
     "nothing under it": (dict(**STATIC), "act_static_scale=True, but nothing"),
     "minmax": (
@@ -111,8 +115,26 @@ def test_a_rule_of_qwix_with_static_activations_is_honoured():
         qwix.QtRule(weight_qtype=jnp.int4, act_qtype=jnp.int8, act_static_scale=True), where="rule"
     )
     assert (rule.act_qtype, rule.act_calibration_method) == ("int8", "absmax")
-    with pytest.raises(ValueError, match="dynamic"):
-        as_rule(qwix.QtRule(weight_qtype=jnp.int4, act_qtype=jnp.int8), where="rule")
+    assert as_rule(qwix.QtRule(weight_qtype=jnp.int4, act_qtype=jnp.int8), where="rule").dynamic
+
+
+def test_without_a_static_scale_inputs_are_dynamic_and_nothing_is_calibrated(model):
+    table = resolve([dict(module_path=r".*/mlp/.*", act_qtype="int8")], model, calibration="mse")
+    assert {e.path for e in table.activations} == table.dynamic != set() == set(table.calibrated)
+    assert "layers/*/mlp/input            0     int8 dynamic per token  4" in table.render()
+    rules = [dict(module_path=r".*/gate_proj", act_qtype="int8"),
+             dict(module_path=r".*/up_proj", act_qtype="int8", **STATIC)]  # fmt: skip
+    with pytest.raises(ValueError, match="layers/0/mlp/input: modules that share this input"):
+        resolve(rules, model)
+
+
+@pytest.mark.parametrize("suffix", ["", "_emb"])
+def test_w8a8_is_int8_with_dynamic_inputs_of_all_linears_but_router_and_experts(model, suffix):
+    table, weights = (resolve(f"{name}{suffix}", model) for name in ("w8a8", "int8"))
+    assert [e.grid for e in table.entries] == [e.grid for e in weights.entries]
+    inputs = {"self_attn/input", "self_attn/o_proj/input", "mlp/input", "mlp/down_proj/input"}
+    assert table.dynamic == {f"layers/{i}/{x}" for i in range(4) for x in inputs}
+    assert table.num_bytes == weights.num_bytes
 
 
 def test_the_table_keeps_shows_and_compares_them(model):

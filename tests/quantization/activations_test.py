@@ -1,4 +1,4 @@
-"""Static activation quantizers: the formula to the bit, its gradients, and prepared models."""
+"""Activation quantizers: the formula to the bit, its gradients, and prepared models."""
 
 import functools
 
@@ -14,13 +14,16 @@ from gemmaqat.quantization.activations import (
     StaticQuantizer,
     activation_scales,
     prepare,
+    quantize_by_token,
     quantize_statically,
     with_scales,
     without_activations,
 )
+from gemmaqat.quantization.calibration import calibrate
 from gemmaqat.quantization.convert import convert
 from gemmaqat.quantization.fake import fake_quantize
 from gemmaqat.quantization.rules import resolve
+from gemmaqat.quantization.table import ON
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 24)), jnp.int32)
 
@@ -115,6 +118,53 @@ def test_gradient_of_the_scale_in_bfloat16_is_that_of_float32():
     wide = (x.astype(jnp.float32), g.astype(jnp.float32))
     scale = jnp.float32(0.1).astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(slope(scale, x, g), slope(scale, *wide), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_token_is_rounded_as_in_numpy_to_the_bit(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(3, (7, 5, 64)) * 10.0 ** rng.integers(-6, 6, (7, 5, 1))
+    x[2, 3] = 0
+    x = np.asarray(jnp.asarray(x, dtype), np.float32)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127.5)
+    codes = np.clip(np.rint(x / np.where(scale == 0, np.float32(1), scale)), -128, 127)
+    expected = jnp.asarray(codes * scale, dtype)
+    for call in (quantize_by_token, jax.jit(quantize_by_token)):
+        found = call(jnp.asarray(x, dtype), jnp.float32(ON))
+        np.testing.assert_array_equal(found, expected)
+    assert codes.min() == -128 and codes.max() == 127
+
+
+def test_a_token_does_not_see_the_others():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 32)), jnp.float32)
+    louder = x.at[1, 4].multiply(1e4)
+    one, other = (quantize_by_token(x, jnp.float32(ON)) for x in (x, louder))
+    apart = jnp.any(one != other, axis=-1)
+    assert apart.sum() == 1 and apart[1, 4]
+
+
+def test_a_dynamic_quantizer_passes_the_gradient_and_its_switch_has_none():
+    x = jnp.asarray([[-1.0, 0.004, 0.5, 1.0]])
+    g = jnp.asarray([[3.0, -2.0, 0.5, 7.0]])
+    for switch in (0.0, ON):
+        to_x, to_switch = jax.grad(lambda x, s: jnp.sum(g * quantize_by_token(x, s)), (0, 1))(
+            x, jnp.float32(switch)
+        )
+        np.testing.assert_array_equal(to_x, g)
+        assert to_switch == 0
+    np.testing.assert_array_equal(quantize_by_token(x, jnp.float32(0)), x)
+
+
+def test_dynamic_inputs_need_no_data_and_are_turned_off_like_any(model):
+    on = calibrate(model, resolve("w8a8", model), [])
+    assert set(map(float, activation_scales(on).values())) == {ON}
+    assert jnp.max(jnp.abs(logits(on) - logits(model))) > 1e-3
+    np.testing.assert_array_equal(logits(without_activations(on)), logits(model))
+
+
+def test_static_and_dynamic_at_one_hook_are_refused(model, table):
+    with pytest.raises(ValueError, match="has a StaticQuantizer here.* asks for a Dynamic"):
+        prepare(prepare(model, table), resolve("w8a8", model))
 
 
 def test_prepare_fills_the_hook_points_and_these_alone(model, table):

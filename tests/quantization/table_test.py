@@ -1,5 +1,6 @@
 """The table: counts, coverage, JSON, differences, and text."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from gemmaqat.models.sizes import model_config
 from gemmaqat.models.transformer import Gemma4
 from gemmaqat.quantization.rules import Table, resolve
+from gemmaqat.quantization.table import ActivationEntry
 
 
 def shape(*sizes):
@@ -40,6 +42,20 @@ def test_bits_and_bytes_count_codes_scales_and_floats():
     assert table.bits_per_weight(quantized_only=True) == 4.5
     assert table.num_bytes == 64 * 32 // 2 + 128 + 128
     assert table.bits_per_weight() == 8 * table.num_bytes / (64 * 32 + 32)
+
+
+def test_static_scales_of_activations_are_bytes_and_bits_dynamic_ones_are_nothing():
+    entry = dict(rule=0, path="x/input")
+    weights = resolve("q4_0", {"a": {"weight": shape(64, 32)}})
+    static, dynamic = (
+        dataclasses.replace(weights, activations=(ActivationEntry(**entry, static=flag),) * 3)
+        for flag in (True, False)
+    )
+    assert static.num_bytes == weights.num_bytes + 12
+    assert static.bits_per_weight() == 8 * static.num_bytes / (64 * 32)
+    assert static.bits_per_weight(quantized_only=True) == 4.5
+    assert dynamic.num_bytes == weights.num_bytes
+    assert dynamic.bits_per_weight() == weights.bits_per_weight()
 
 
 def test_nominal_and_stored_bits_are_both_known():

@@ -18,6 +18,7 @@ from gemmaqat.quantization.activations import (
     without_activations,
 )
 from gemmaqat.quantization.rules import resolve
+from gemmaqat.quantization.table import ON
 from gemmaqat.training.calibration import calibrated
 from gemmaqat.training.checkpoint import best_step
 from gemmaqat.training.loop import fit
@@ -161,6 +162,33 @@ def test_only_matrices_that_are_multiplied_decay(model):
     assert "layers/0/mlp/up_proj/weight" in decayed and "embed_tokens/weight" in decayed
     assert "embed_tokens_per_layer/weight" not in decayed
     assert not any(path.endswith(("norm/weight", "/scale")) for path in decayed)
+
+
+def test_dynamic_inputs_are_trained_with_and_neither_calibrated_nor_learned(
+    train, settings, monkeypatch
+):
+    plain = Gemma4(
+        model_config("31b_mini", layer_types=(FULL,), mlp_dim=64, vocab_size=128), rngs=nnx.Rngs(0)
+    )
+    table = resolve("w8a8", plain)
+    prepared = prepare(plain, table)
+    graphdef, start = nnx.split(prepared)
+    with monkeypatch.context() as patch:
+        patch.delattr("gemmaqat.training.calibration.make_loader")  # no data is asked for
+        on = calibrated(graphdef, start, table, settings)
+    assert set(values(on).values()) == {ON}
+    experiment = dataclasses.replace(
+        settings,
+        train=dataclasses.replace(settings.train, num_steps=2, start_step=0),
+        quantization=dataclasses.replace(settings.quantization, learn_activation_scales=True),
+    )
+    options = dict(programs=make_programs(graphdef, experiment.train, experiment.optimizer))
+    found = train(experiment, model=prepared, table=table, **options)[0].params
+    assert set(values(found).values()) == {ON}
+    weights_alone = dataclasses.replace(table, activations=())
+    other = train(experiment, model=prepared, table=weights_alone, **options)[0].params
+    assert jnp.any(flatten(found)["layers/0/mlp/up_proj/weight"]
+                   != flatten(other)["layers/0/mlp/up_proj/weight"])  # fmt: skip
 
 
 def test_the_gradient_program_is_compiled_once_for_float_and_quantized(finished, train, shared):
